@@ -1,0 +1,52 @@
+"""Better elevation models out of satellite stereo: deep learning on xarray, Dask and Zarr.
+
+``import deepdem`` registers the ``.deepdem`` accessor on xarray objects and loads neither torch
+nor dask.distributed: every public name is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from deepdem import accessor as _accessor  # registers Dataset.deepdem and DataArray.deepdem
+
+if TYPE_CHECKING:
+    from deepdem.chips import ChipDataModule
+    from deepdem.models import load_model
+    from deepdem.scene import open_scene, open_scenes, stack
+    from deepdem.sources.synthetic import synthetic_scene
+    from deepdem.train import DeepDEM
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "ChipDataModule": "deepdem.chips",
+    "DeepDEM": "deepdem.train",
+    "load_model": "deepdem.train",
+    "open_scene": "deepdem.scene",
+    "open_scenes": "deepdem.scene",
+    "stack": "deepdem.scene",
+    "synthetic_scene": "deepdem.sources.synthetic",
+}
+
+__all__ = [
+    "ChipDataModule",
+    "DeepDEM",
+    "__version__",
+    "load_model",
+    "open_scene",
+    "open_scenes",
+    "stack",
+    "synthetic_scene",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'deepdem' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__} - {"_accessor"})

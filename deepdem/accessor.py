@@ -1,0 +1,1 @@
+"""The ``.deepdem`` accessor: one-liners over the rooms of the package."""

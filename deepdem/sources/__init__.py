@@ -1,0 +1,1 @@
+"""Where layers come from: each file of this folder turns one kind of source into layers."""
