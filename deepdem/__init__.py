@@ -13,10 +13,9 @@ from deepdem import accessor as _accessor  # registers Dataset.deepdem and DataA
 
 if TYPE_CHECKING:
     from deepdem.chips import ChipDataModule
-    from deepdem.models import load_model
     from deepdem.scene import open_scene, open_scenes, stack
     from deepdem.sources.synthetic import synthetic_scene
-    from deepdem.train import DeepDEM
+    from deepdem.train import DeepDEM, load_model
 
 __version__ = "0.1.0"
 

@@ -1,0 +1,22 @@
+"""What a Dask worker is given: the only module that needs dask.distributed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from distributed import WorkerPlugin
+
+
+class Weights(WorkerPlugin):
+    """Keeps a model file's bytes in the worker's process, where `ModelRef` finds them."""
+
+    idempotent = True
+
+    def __init__(self, key: str, payload: bytes):
+        self.name, self.key, self.payload = f"deepdem-{key}", key, payload
+
+    def setup(self, worker: Any) -> None:
+        """Run on each worker, and on each that joins later."""
+        from deepdem.predict import remember
+
+        remember(self.key, self.payload)

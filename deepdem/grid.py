@@ -1,0 +1,298 @@
+"""One grid: which one is meant, and a raster of another grid brought onto it.
+
+The kernel is GDAL's warper through rasterio. Two of its habits cost heights centimetres to
+decimetres and are set here for good: its transformer between two CRSs is an approximation to an
+eighth of a pixel, and libraries that pin its resampling radius to one source pixel make it pick
+rather than average when the target is coarser.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+import rasterio.warp
+import xarray as xr
+from affine import Affine
+from numpy.typing import NDArray
+from odc.geo.geobox import GeoBox
+from odc.geo.geom import BoundingBox
+from odc.geo.overlap import compute_reproject_roi
+from odc.geo.xr import xr_coords
+
+from deepdem.blocks import Box, chunks_of, map_regions
+from deepdem.sources.raster import geobox_of
+
+__all__ = ["Bounds", "crop_grid", "grid_from", "pixel_size_m", "regrid", "same_grid"]
+
+#: ``"intersection"``, ``"union"`` or (left, bottom, right, top) in the grid's CRS.
+Bounds: TypeAlias = "str | tuple[float, float, float, float]"
+
+# Of a pixel: grids closer than this are one grid, and values are copied, not interpolated.
+_SAME_PX = 1e-3
+# The warper's transformer is approximated to this many source pixels: on a slope of 45 degrees
+# and pixels of a metre the height is right to 0.01 mm.
+_TRANSFORMER_PX = 1e-5
+
+
+def same_grid(a: GeoBox, b: GeoBox) -> bool:
+    """Return whether two grids have the same shape, CRS and pixels (to a thousandth of one)."""
+    if a.shape != b.shape or a.crs != b.crs:
+        return False
+    shift = _integer_shift(a, b)
+    return shift is not None and shift == (0, 0)
+
+
+def _integer_shift(source: GeoBox, target: GeoBox) -> tuple[int, int] | None:
+    """Return by how many whole pixels (y, x) `target` starts inside `source`, if by whole ones."""
+    if source.crs != target.crs:
+        return None
+    to_source: Affine = ~source.transform * target.transform
+    # The scale is judged by what it adds up to over the whole width.
+    drift = max(
+        abs(to_source.a - 1) * target.shape.x,
+        abs(to_source.e - 1) * target.shape.y,
+        abs(to_source.b) * target.shape.y,
+        abs(to_source.d) * target.shape.x,
+    )
+    x, y = round(to_source.c), round(to_source.f)
+    off = max(abs(to_source.c - x), abs(to_source.f - y))
+    return (y, x) if max(drift, off) < _SAME_PX else None
+
+
+def grid_from(
+    like: GeoBox | xr.Dataset | xr.DataArray | None,
+    *,
+    crs: Any = None,
+    resolution: float | None = None,
+    extent: BoundingBox | None = None,
+) -> GeoBox:
+    """Return the target grid before it is cropped: of `like`, or of a CRS and a resolution.
+
+    With `resolution` pixel edges lie on multiples of it (as gdalwarp's ``-tap``).
+
+    Raises
+    ------
+    ValueError
+        Neither `like` nor what makes a grid is given, or `like` is rotated.
+    """
+    if like is not None:
+        box = like if isinstance(like, GeoBox) else geobox_of(like)
+        if box is None or box.crs is None:
+            raise ValueError("like= has no grid: it needs x and y coordinates and a CRS")
+    elif extent is None or resolution is None:
+        raise ValueError("no grid: pass like= (a layer's name, a scene, a GeoBox) or resolution=")
+    else:
+        box = GeoBox.from_bbox(extent, crs=crs, resolution=resolution, tight=False)
+    if not box.transform.is_rectilinear or box.transform.e > 0 or box.transform.a < 0:
+        raise ValueError(
+            f"the grid's geotransform {tuple(box.transform)[:6]} is rotated or not north-up: pass "
+            "like= a north-up raster, or crs= and resolution="
+        )
+    return box
+
+
+def crop_grid(grid: GeoBox, footprints: Mapping[str, GeoBox], bounds: Bounds) -> GeoBox:
+    """Return `grid` cut or extended by whole pixels to `bounds`.
+
+    Parameters
+    ----------
+    grid
+        Gives the CRS, the pixel size and where pixel edges lie.
+    footprints
+        The grids of the layers, by name.
+    bounds
+        ``"intersection"``: the pixels that the bounding boxes of all layers have in common.
+        ``"union"``: those of any. (left, bottom, right, top): in the grid's CRS, widened to whole
+        pixels.
+
+    Raises
+    ------
+    ValueError
+        The layers do not overlap (the message names the two that do not), or `bounds` are none.
+    """
+    boxes = {name: box.footprint(grid.crs).boundingbox for name, box in footprints.items()}
+    if isinstance(bounds, str):
+        if bounds not in ("intersection", "union"):
+            raise ValueError(
+                f"bounds={bounds!r}: pass 'intersection', 'union' or (left, bottom, right, top)"
+            )
+        inward = bounds == "intersection"
+        if inward:
+            _check_overlap(boxes)
+        pick = (max, max, min, min) if inward else (min, min, max, max)
+        edges = [f(box[i] for box in boxes.values()) for i, f in enumerate(pick)]
+    else:
+        inward, edges = False, [float(b) for b in bounds]
+        if len(edges) != 4 or edges[0] >= edges[2] or edges[1] >= edges[3]:
+            raise ValueError(
+                f"bounds={bounds!r}: wanted (left, bottom, right, top) in {grid.crs}, "
+                "left < right and bottom < top"
+            )
+    left, top = ~grid.transform * (edges[0], edges[3])
+    right, bottom = ~grid.transform * (edges[2], edges[1])
+    x0, y0 = (int(_snap(v, up=inward)) for v in (left, top))
+    x1, y1 = (int(_snap(v, up=not inward)) for v in (right, bottom))
+    if x1 <= x0 or y1 <= y0:
+        raise ValueError(
+            f"bounds={bounds!r} leave no whole pixel of {grid.resolution.x} {grid.crs.units[0]}"
+        )
+    return GeoBox((y1 - y0, x1 - x0), grid.transform * Affine.translation(x0, y0), grid.crs)
+
+
+def _snap(edge_px: float, *, up: bool) -> float:
+    near = round(edge_px)
+    if abs(edge_px - near) < _SAME_PX:
+        return near
+    return np.ceil(edge_px) if up else np.floor(edge_px)
+
+
+def _check_overlap(boxes: Mapping[str, BoundingBox]) -> None:
+    names = list(boxes)
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            one, two = boxes[a], boxes[b]
+            if min(one.right, two.right) <= max(one.left, two.left) or min(one.top, two.top) <= max(
+                one.bottom, two.bottom
+            ):
+                raise ValueError(
+                    f"layers {a!r} and {b!r} do not overlap: {a!r} covers {_pretty(one)}, {b!r} "
+                    f"covers {_pretty(two)} ({one.crs}): check that both show the same place and "
+                    "that their CRSs are right, or pass bounds='union'"
+                )
+
+
+def _pretty(box: BoundingBox) -> str:
+    return f"x {box.left:.1f} to {box.right:.1f}, y {box.bottom:.1f} to {box.top:.1f}"
+
+
+def pixel_size_m(grid: GeoBox) -> float:
+    """Return the pixel size in metres: the mean of both axes, at the grid's centre.
+
+    For a geographic CRS degrees are turned into metres on the ground at the centre's latitude
+    (WGS 84 radii of curvature); for a projected one its linear unit is taken into account.
+    """
+    crs = grid.crs
+    dx, dy = abs(grid.resolution.x), abs(grid.resolution.y)
+    if crs is None:
+        return float((dx + dy) / 2)
+    if not crs.geographic:
+        unit: float = crs.proj.axis_info[0].unit_conversion_factor
+        return float((dx + dy) / 2 * unit)
+    unit = np.degrees(crs.proj.axis_info[0].unit_conversion_factor)
+    latitude = np.radians(grid.extent.centroid.coords[0][1] * unit)
+    a, e2 = 6378137.0, 6.69437999014e-3
+    w = np.sqrt(1 - e2 * np.sin(latitude) ** 2)
+    metres_x = np.radians(dx * unit) * a / w * np.cos(latitude)
+    metres_y = np.radians(dy * unit) * a * (1 - e2) / w**3
+    return float((metres_x + metres_y) / 2)
+
+
+def regrid(array: xr.DataArray, grid: GeoBox, *, resampling: str, chunks: int) -> xr.DataArray:
+    """Return `array` on `grid`, lazy.
+
+    Parameters
+    ----------
+    array
+        Dims (y, x), Dask-backed float32, NaN for no data, with a grid of its own.
+    grid
+        The target.
+    resampling
+        A name of `rasterio.enums.Resampling`. Interpolating methods leave NaN out and, where the
+        target is coarser, average over the target's pixel. Where the two grids differ by whole
+        pixels values are copied, whatever the method.
+    chunks
+        The width of the result's chunks.
+
+    Raises
+    ------
+    ValueError
+        The resampling method is not known.
+    """
+    methods = rasterio.enums.Resampling.__members__
+    if resampling not in methods:
+        raise ValueError(
+            f"layer {array.name!r}: resampling={resampling!r} is not known: pass one of "
+            + ", ".join(sorted(methods))
+        )
+    source = geobox_of(array)
+    assert source is not None  # open_layer has seen to it
+    shift = _integer_shift(source, grid)
+    whole = Box(0, source.shape.y, 0, source.shape.x)
+
+    def region(out: Box) -> Box:
+        if shift is not None:
+            y, x = shift
+            return Box(out.y0 + y, out.y1 + y, out.x0 + x, out.x1 + x).intersect(whole)
+        tile = grid[out.y0 : out.y1, out.x0 : out.x1]
+        # The kernel's radius grows with the target's pixel.
+        radius = 3 * int(np.ceil(max(_zoom(source, tile), 1))) + 1
+        roi = compute_reproject_roi(source, tile, padding=radius).roi_src
+        return Box(roi[0].start, roi[0].stop, roi[1].start, roi[1].stop).intersect(whole)
+
+    data = map_regions(
+        _paste if shift is not None else _warp,
+        [array.data],
+        chunks=chunks_of((grid.shape.y, grid.shape.x), chunks),
+        region=region,
+        dtype=np.float32,
+        name=f"regrid-{array.name}",
+        common={"source": source, "target": grid, "resampling": resampling}
+        if shift is None
+        else {"shift": shift},
+    )
+    out = xr.DataArray(data, coords=xr_coords(grid, always_yx=True), dims=("y", "x"))
+    out.attrs = dict(array.attrs)
+    out.encoding = {"grid_mapping": "spatial_ref"}
+    return out.rename(array.name)
+
+
+def _zoom(source: GeoBox, target: GeoBox) -> float:
+    """Return how many source pixels a target pixel is wide."""
+    return pixel_size_m(target) / pixel_size_m(source)
+
+
+def _paste(
+    arrays: list[NDArray[Any]], *, out: Box, region: Box, shift: tuple[int, int]
+) -> NDArray[np.float32]:
+    result = np.full(out.shape, np.nan, dtype=np.float32)
+    if not region.empty:
+        y, x = shift
+        here = Box(region.y0 - y, region.y1 - y, region.x0 - x, region.x1 - x)
+        result[here.within(out)] = arrays[0]
+    return result
+
+
+def _warp(
+    arrays: list[NDArray[Any]],
+    *,
+    out: Box,
+    region: Box,
+    source: GeoBox,
+    target: GeoBox,
+    resampling: str,
+) -> NDArray[np.float32]:
+    result = np.full(out.shape, np.nan, dtype=np.float32)
+    if region.empty:
+        return result
+    here = target[out.y0 : out.y1, out.x0 : out.x1]
+    there = source[region.y0 : region.y1, region.x0 : region.x1]
+    zoom = max(_zoom(source, target), 1.0)
+    rasterio.warp.reproject(
+        arrays[0],
+        result,
+        src_transform=there.transform,
+        src_crs=str(there.crs),
+        dst_transform=here.transform,
+        dst_crs=str(here.crs),
+        src_nodata=np.nan,
+        dst_nodata=np.nan,
+        resampling=rasterio.enums.Resampling[resampling],
+        tolerance=_TRANSFORMER_PX,
+        # Destination pixels a source pixel, said once for the whole grid: left to itself the
+        # warper works it out chunk by chunk.
+        XSCALE=1 / zoom,
+        YSCALE=1 / zoom,
+    )
+    return result

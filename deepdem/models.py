@@ -1,0 +1,300 @@
+"""The networks and the model file: torch modules that know nothing of Dask, xarray or Lightning.
+
+A newcomer adds an architecture here, in `ARCHITECTURES`. Whatever it is, `ResidualNet` wraps it:
+raw layers with NaN go in, the residual in metres comes out, and all that lies between (centring,
+scaling, what stands for no data) is in one place, the same in training and in inference.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from deepdem.layers import describe
+
+__all__ = [
+    "ARCHITECTURES",
+    "ModelSpec",
+    "ResidualNet",
+    "build_network",
+    "read_model",
+    "serialise",
+    "weights_hash",
+    "write_model",
+]
+
+_FORMAT = 1
+_KEY = "deepdem"
+# Standardised images and indices beyond this many standard deviations say no more.
+_CLIP = 10.0
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """All that inference must know of a model besides its weights; plain JSON types.
+
+    Attributes
+    ----------
+    layers
+        The network's input layers, in order.
+    target
+        The truth it was trained for: ``lidar_dsm`` or ``lidar_dtm``.
+    architecture, encoder
+        Names as segmentation-models-pytorch has them.
+    chip_size
+        The width of the training chips and of inference windows, pixels.
+    dsm_scale
+        The DSM scale, metres; NaN until training starts.
+    pixel_size
+        The pixel size of the training scenes in metres; NaN until training starts.
+    means, stds
+        Of each layer that is not a height or a mask, over the training scenes; by name.
+    options
+        Further keywords of the architecture.
+    training
+        Where the model comes from: scene names, validation statistics, versions.
+    """
+
+    layers: tuple[str, ...]
+    target: str = "lidar_dsm"
+    architecture: str = "unet"
+    encoder: str = "resnet18"
+    chip_size: int = 256
+    dsm_scale: float = math.nan
+    pixel_size: float = math.nan
+    means: Mapping[str, float] = field(default_factory=dict)
+    stds: Mapping[str, float] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if "dsm" not in self.layers:
+            raise ValueError(
+                f"layers={list(self.layers)} lack 'dsm': the network repairs the initial DSM, so "
+                "it must see it"
+            )
+        if len(set(self.layers)) != len(self.layers):
+            raise ValueError(f"layers={list(self.layers)} name a layer twice")
+        if truths := [n for n in self.layers if describe(n).role == "truth"]:
+            raise ValueError(f"layers={list(self.layers)} hold the truth {truths}: leave it out")
+        if describe(self.target).role != "truth":
+            raise ValueError(f"target={self.target!r}: wanted 'lidar_dsm' or 'lidar_dtm'")
+        if self.chip_size < 1 or self.chip_size % 32:
+            raise ValueError(
+                f"chip_size={self.chip_size}: the networks halve it five times, so it must be a "
+                "multiple of 32"
+            )
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the scale and the layers' statistics are known."""
+        return math.isfinite(self.dsm_scale) and all(n in self.stds for n in self.standardised)
+
+    @property
+    def standardised(self) -> tuple[str, ...]:
+        """The layers that are standardised by a mean and a standard deviation."""
+        return tuple(n for n in self.layers if describe(n).role not in ("height", "mask"))
+
+
+def _smp(spec: ModelSpec, weights: str | None) -> nn.Module:
+    import segmentation_models_pytorch as smp
+
+    try:
+        network = smp.create_model(
+            spec.architecture,
+            encoder_name=spec.encoder,
+            encoder_weights=weights,
+            in_channels=len(spec.layers),
+            classes=1,
+            **spec.options,
+        )
+    except KeyError as error:
+        raise ValueError(
+            f"encoder={spec.encoder!r} or architecture={spec.architecture!r} is not known to "
+            f"segmentation-models-pytorch: {error}"
+        ) from error
+    assert isinstance(network, nn.Module)
+    return network
+
+
+#: Architectures by name: a function of the spec and the name of the encoder's weights. What is
+#: not here is asked of segmentation-models-pytorch.
+ARCHITECTURES: dict[str, Callable[[ModelSpec, str | None], nn.Module]] = {"unet": _smp}
+
+
+def build_network(spec: ModelSpec, encoder_weights: str | None = None) -> nn.Module:
+    """Return the bare network: (n, layer, y, x) standardised float32 to (n, 1, y, x).
+
+    Raises
+    ------
+    ValueError
+        The architecture or the encoder is not known.
+    """
+    network = ARCHITECTURES.get(spec.architecture, _smp)(spec, encoder_weights)
+    head = getattr(network, "segmentation_head", None)
+    if head is not None:
+        with torch.no_grad():
+            # A residual that starts near zero: the first step improves the initial DSM rather
+            # than repairing what a random head did to it.
+            head[0].weight.mul_(0.1)
+    return network
+
+
+class ResidualNet(nn.Module):
+    """A network that takes raw layers and gives the residual in metres.
+
+    NaN is resolved here and nowhere else: heights are centred on the chip's own mean over its
+    valid pixels and divided by the DSM scale, images and indices are standardised by the
+    training scenes' statistics, and then NaN becomes 0, the mean.
+    """
+
+    def __init__(self, spec: ModelSpec, network: nn.Module | None = None):
+        super().__init__()
+        self.spec = spec
+        self.network = build_network(spec) if network is None else network
+        self._dsm = spec.layers.index("dsm")
+        self._heights = [i for i, n in enumerate(spec.layers) if describe(n).is_height]
+        self._others = [i for i, n in enumerate(spec.layers) if n in spec.standardised]
+
+    def standardise(self, x: Tensor) -> Tensor:
+        """Return what the network sees: float32 of about unit variance, without NaN.
+
+        Parameters
+        ----------
+        x
+            (n, layer, y, x) float32, raw units, NaN for no data; it is not changed.
+        """
+        spec = self.spec
+        dsm = x[:, self._dsm]
+        z = x.clone()
+        finite = torch.isfinite(dsm)
+        # Summed from the lowest pixel up: at 2000 m a float32 sum of heights would lose decimetres.
+        lowest = torch.where(finite, dsm, torch.inf).amin(dim=(1, 2), keepdim=True)
+        above = torch.where(finite, dsm - lowest, 0.0).sum(dim=(1, 2), keepdim=True)
+        centre = (lowest + above / finite.sum(dim=(1, 2), keepdim=True).clamp(min=1))[:, None]
+        z[:, self._heights] = (x[:, self._heights] - centre) / spec.dsm_scale
+        if self._others:
+            names = [spec.layers[i] for i in self._others]
+            mean = x.new_tensor([spec.means[n] for n in names])[:, None, None]
+            std = x.new_tensor([spec.stds[n] for n in names])[:, None, None]
+            z[:, self._others] = ((x[:, self._others] - mean) / std).clamp(-_CLIP, _CLIP)
+        return torch.nan_to_num_(z, nan=0.0, posinf=0.0, neginf=0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the residual, refined minus initial, metres: (n, layer, y, x) to (n, y, x).
+
+        Parameters
+        ----------
+        x
+            Raw layers in the order of ``spec.layers``, float32, NaN for no data.
+        """
+        residual: Tensor = self.network(self.standardise(x))[:, 0].float() * self.spec.dsm_scale
+        return residual
+
+
+def weights_hash(net: ResidualNet) -> str:
+    """Return a hash of the weights and of all in the spec that changes what they give."""
+    digest = hashlib.sha256()
+    numbers = replace(net.spec, training={})
+    digest.update(json.dumps(asdict(numbers), sort_keys=True, default=str).encode())
+    for name, tensor in sorted(net.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]
+
+
+def _metadata(spec: ModelSpec) -> dict[str, str]:
+    versions = {p: version(p) for p in ("torch", "segmentation-models-pytorch", "xarray")}
+    content = {"format": _FORMAT, "spec": asdict(spec), "versions": versions}
+    return {_KEY: json.dumps(content, allow_nan=True)}
+
+
+def serialise(net: ResidualNet) -> bytes:
+    """Return the model file's bytes: safetensors with the spec as JSON metadata."""
+    state = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
+    return safetensors.torch.save(state, metadata=_metadata(net.spec))
+
+
+def write_model(net: ResidualNet, path: str | PathLike[str]) -> None:
+    """Write the model file; it appears whole or not at all."""
+    target = Path(path)
+    if not net.spec.is_fitted:
+        raise ValueError(
+            "the model has no DSM scale yet: train it, or pass dsm_scale= and fit it to scenes"
+        )
+    part = target.with_name(f".{target.name}.part")
+    part.write_bytes(serialise(net))
+    part.replace(target)
+
+
+def read_model(source: str | PathLike[str] | bytes) -> ResidualNet:
+    """Return the network of a model file, in evaluation mode; nothing in the file is executed.
+
+    Parameters
+    ----------
+    source
+        A path, a URL that fsspec knows, or the file's bytes.
+
+    Raises
+    ------
+    ValueError
+        The file is no model file, or a newer version's, or its weights do not fit its spec.
+    FileNotFoundError
+        There is no such file.
+    """
+    what = "the model file" if isinstance(source, bytes) else fspath(source)
+    content = source if isinstance(source, bytes) else _read_bytes(what)
+    spec = _spec_of(content, what)
+    net = ResidualNet(spec)
+    try:
+        net.load_state_dict(safetensors.torch.load(content))
+    except (RuntimeError, safetensors.SafetensorError) as error:
+        raise ValueError(
+            f"the weights in {what} do not fit its own description: {error}"
+        ) from error
+    return net.eval().requires_grad_(False)
+
+
+def _read_bytes(path: str) -> bytes:
+    if "://" in path:
+        import fsspec
+
+        with fsspec.open(path, "rb") as file:
+            remote: bytes = file.read()
+            return remote
+    return Path(path).read_bytes()
+
+
+def _spec_of(content: bytes, what: str) -> ModelSpec:
+    # The header: its length in 8 bytes, then JSON (the safetensors format).
+    try:
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + length])
+        described = json.loads(header["__metadata__"][_KEY])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{what} is no deepdem model file (safetensors with a {_KEY!r} entry in its metadata)"
+        ) from error
+    if described["format"] > _FORMAT:
+        raise ValueError(
+            f"{what} has format {described['format']}, this version of deepdem reads up to "
+            f"{_FORMAT}: upgrade deepdem"
+        )
+    known = ModelSpec.__dataclass_fields__
+    if strange := set(described["spec"]) - set(known):
+        raise ValueError(f"{what} describes the model by {sorted(strange)}, which is not known")
+    values = {**described["spec"], "layers": tuple(described["spec"]["layers"])}
+    values["training"] = {**values.get("training", {}), "versions": described.get("versions", {})}
+    return ModelSpec(**values)
