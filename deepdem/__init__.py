@@ -9,10 +9,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from deepdem import accessor as _accessor  # registers Dataset.deepdem and DataArray.deepdem
+from deepdem import accessor as _accessor  # noqa: F401  # registers Dataset.deepdem and DataArray.deepdem
 
 if TYPE_CHECKING:
-    from deepdem.chips import ChipDataModule
+    from deepdem.data import ChipDataModule
     from deepdem.scene import open_scene, open_scenes, stack
     from deepdem.sources.synthetic import synthetic_scene
     from deepdem.train import DeepDEM, load_model
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "ChipDataModule": "deepdem.chips",
+    "ChipDataModule": "deepdem.data",
     "DeepDEM": "deepdem.train",
     "load_model": "deepdem.train",
     "open_scene": "deepdem.scene",

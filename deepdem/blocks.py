@@ -89,6 +89,10 @@ def _cut(block: NDArray[Any], y: slice, x: slice) -> NDArray[Any]:
     return np.ascontiguousarray(block[y, x])
 
 
+def _keywords(names: tuple[str, ...], *values: Any) -> dict[str, Any]:
+    return dict(zip(names, values, strict=True))
+
+
 def _assemble(
     kernel: Kernel,
     pieces: list[list[NDArray[Any]]],
@@ -192,14 +196,10 @@ def map_regions(
     )
     name = f"{name}-{token}"
     graph: dict[Any, Any] = {}
-    shared = {}
-    for key, value in common.items():
-        shared[key] = (f"{name}-{key}",)
-        graph[shared[key]] = DataNode(shared[key], value)
-    keywords = Task(
-        (f"{name}-common",), dict, **{key: TaskRef(where) for key, where in shared.items()}
-    )
-    graph[keywords.key] = keywords
+    for keyword, value in common.items():
+        graph[f"{name}-{keyword}"] = DataNode(f"{name}-{keyword}", value)
+    shared = [TaskRef(f"{name}-{keyword}") for keyword in common]
+    graph[f"{name}-common"] = Task(f"{name}-common", _keywords, tuple(common), *shared)
     sources = [_Source(array, f"{token}-{n}") for n, array in enumerate(arrays)]
     for where, box in boxes.items():
         parts, places = [], []
@@ -207,13 +207,14 @@ def map_regions(
             part, place = source.pieces(needed[where], where)
             parts.append(List(*part))
             places.append(place)
-        key = (name, *where) if planes is None else (name, 0, *where)
+        key: tuple[str | int, ...] = (name, *where) if planes is None else (name, 0, *where)
         graph[key] = Task(
             key, _assemble, kernel, List(*parts), places, needed[where], box,
-            TaskRef(keywords.key),
+            TaskRef(f"{name}-common"),
         )  # fmt: skip
     for source in sources:
         graph.update(source.cuts)
-    layers = HighLevelGraph.from_collections(name, graph, dependencies=list(arrays))
+    inputs: list[Any] = list(arrays)
+    layers = HighLevelGraph.from_collections(name, graph, dependencies=inputs)
     out_chunks = chunks if planes is None else ((planes,), *chunks)
     return da.Array(layers, name, chunks=out_chunks, dtype=np.dtype(dtype))

@@ -1,37 +1,33 @@
-"""Chips: where they lie, what is in them, and the Lightning data module that feeds a network.
+"""Chips: where they lie, which are worth having, and what the training regions have in common.
 
-xbatcher says where chips lie; which of them are worth having is read from the validity mask once.
-Training and validation regions lie apart by a guard band of one chip, so that no validation pixel
-was ever seen in training, not even at the edge of a chip.
+xbatcher says where chips lie; which of them are worth having is read from the validity mask,
+block by block.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
-import dask
 import dask.array as da
 import numpy as np
-import psutil
-import pytorch_lightning as pl
-import torch
 import xarray as xr
 import xbatcher
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from deepdem.blocks import Box, chunks_of, map_regions
-from deepdem.scene import check_scene, pixel_size
+from deepdem.scene import check_scene, dask_layer
 from deepdem.windows import Axis, overlap_px
 
-__all__ = ["ChipDataModule", "Statistics", "chip_generator", "dsm_scale", "split_scene"]
-
-#: A batch: "layers" (n, layer, y, x) and "target" (n, y, x), raw units, NaN for no data.
-Batch: TypeAlias = "dict[str, Tensor]"
+__all__ = [
+    "chip_boxes",
+    "chip_generator",
+    "chip_numbers",
+    "dsm_scale",
+    "robust_mean",
+    "split_scene",
+]
 
 
 class _Chips(xbatcher.BatchGenerator):  # type: ignore[misc]  # xbatcher ships no types
@@ -77,33 +73,30 @@ def chip_generator(
             "smaller size"
         )
     pixels = overlap_px(overlap, size)
-    chips = _boxes(Box(0, box.shape.y, 0, box.shape.x), size, size - pixels)
+    chips = chip_boxes(Box(0, box.shape.y, 0, box.shape.x), size, size - pixels)
     if min_valid > 0:
-        share = _shares(_mask(ds), size, size - pixels).compute().ravel()
+        share = chip_numbers(_mask(ds), size, size - pixels).compute().ravel()
         chips = [chip for chip, s in zip(chips, share, strict=True) if s >= min_valid]
     return _Chips(ds, chips, size, pixels)
 
 
-def _boxes(region: Box, size: int, stride: int) -> list[Box]:
+def chip_boxes(region: Box, size: int, stride: int) -> list[Box]:
+    """Return the places of chips over a region, row by row; the last ones are moved inward."""
     height, width = region.shape
     ys = Axis(height, size, stride).starts(0, height) + region.y0
     xs = Axis(width, size, stride).starts(0, width) + region.x0
     return [Box(int(y), int(y) + size, int(x), int(x) + size) for y in ys for x in xs]
 
 
-def _dask_layer(ds: xr.Dataset, name: str) -> da.Array:
-    data = ds[name].data
-    return data if isinstance(data, da.Array) else da.from_array(data, chunks=2048)
-
-
 def _mask(ds: xr.Dataset) -> da.Array:
     if "valid" in ds:
-        return _dask_layer(ds, "valid").astype(bool)
+        return dask_layer(ds.assign(valid=ds["valid"].astype(bool)), "valid")
     check_scene(ds, ["dsm"])
-    return da.isfinite(_dask_layer(ds, "dsm"))
+    finite: da.Array = da.isfinite(dask_layer(ds, "dsm"))
+    return finite
 
 
-def _share_kernel(
+def _number_kernel(
     arrays: list[NDArray[Any]], *, out: Box, region: Box, chips: tuple[Axis, Axis], std: bool
 ) -> NDArray[np.float32]:
     """Return of each chip the share of valid pixels, or the standard deviation of its heights."""
@@ -122,7 +115,7 @@ def _share_kernel(
     return result
 
 
-def _shares(layer: da.Array, size: int, stride: int, *, std: bool = False) -> da.Array:
+def chip_numbers(layer: da.Array, size: int, stride: int, *, std: bool = False) -> da.Array:
     """Return a small lazy array with one number for each chip (row, column)."""
     axes = Axis(layer.shape[0], size, stride), Axis(layer.shape[1], size, stride)
     counts = axes[0].count, axes[1].count
@@ -134,12 +127,12 @@ def _shares(layer: da.Array, size: int, stride: int, *, std: bool = False) -> da
         return Box(y0, y1, x0, x1)
 
     return map_regions(
-        _share_kernel, [layer], chunks=chunks_of(counts, block), region=region,
+        _number_kernel, [layer], chunks=chunks_of(counts, block), region=region,
         dtype=np.float32, name="chip-statistics", common={"chips": axes, "std": std},
     )  # fmt: skip
 
 
-def _robust_mean(stds: NDArray[np.floating]) -> float:
+def robust_mean(stds: NDArray[np.floating]) -> float:
     """Return the mean of those within the 5th and the 95th percentile, both included."""
     known = stds[np.isfinite(stds)]
     if known.size == 0:
@@ -171,7 +164,7 @@ def dsm_scale(ds: xr.Dataset, *, size: int = 256) -> float:
             f"chips of {size} px do not fit a scene of {box.shape.y} by {box.shape.x} px: pass a "
             "smaller size"
         )
-    scale = _robust_mean(_shares(_dask_layer(ds, "dsm"), size, size, std=True).compute())
+    scale = robust_mean(chip_numbers(dask_layer(ds, "dsm"), size, size, std=True).compute())
     if not scale > 0:
         raise ValueError(
             f"no DSM scale: no chip of {size} px is half valid, or the surface is flat"
@@ -219,331 +212,3 @@ def split_scene(shape: tuple[int, int], split: str, guard_px: int) -> tuple[Box,
     if side in ("left", "right"):
         return Box(0, height, *train), Box(0, height, *val)
     return Box(*train, 0, width), Box(*val, 0, width)
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """What a network must know of its training scenes.
-
-    Attributes
-    ----------
-    dsm_scale
-        Metres; see `dsm_scale`.
-    pixel_size
-        Metres; the mean over the scenes.
-    means, stds
-        Of each layer over the valid pixels of the training regions.
-    scenes
-        The scenes' names.
-    """
-
-    dsm_scale: float
-    pixel_size: float
-    means: Mapping[str, float]
-    stds: Mapping[str, float]
-    scenes: tuple[str, ...]
-
-
-class _Region:
-    """One region of one scene: gives chips of its layers and its target as float32 arrays."""
-
-    def __init__(self, ds: xr.Dataset, box: Box, layers: Sequence[str], target: str):
-        self.names = [*layers, target]
-        self.box = box
-        self.ds = ds[self.names].isel(y=slice(box.y0, box.y1), x=slice(box.x0, box.x1))
-        self.array: NDArray[np.float32] | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """What it takes in memory."""
-        return 4 * len(self.names) * self.box.shape[0] * self.box.shape[1]
-
-    def load(self) -> None:
-        """Hold the region in memory."""
-        self.array = self._read(self.ds)
-
-    def _read(self, part: xr.Dataset) -> NDArray[np.float32]:
-        (values,) = dask.compute([part[name].data for name in self.names])
-        return np.stack([np.asarray(v, dtype=np.float32) for v in values])
-
-    def read(self, y: int, x: int, size: int) -> NDArray[np.float32]:
-        """Return the chip whose first pixel is (y, x) of the region: (layer + target, y, x)."""
-        there = slice(y, y + size), slice(x, x + size)
-        if self.array is not None:
-            return self.array[:, there[0], there[1]]
-        with dask.config.set(scheduler="synchronous"):
-            return self._read(self.ds.isel(y=there[0], x=there[1]))
-
-
-class _ChipDataset(Dataset[Batch]):
-    """Chips of several regions. Training chips are jittered anew each epoch; others stand still."""
-
-    def __init__(
-        self, regions: Sequence[_Region], size: int, min_valid: float, *, jitter: bool, seed: int
-    ):
-        self.regions, self.size, self.jitter, self.seed = regions, size, jitter, seed
-        self.epoch = 0
-        stride = size // 2 if jitter else size
-        self.stride = stride
-        self.places: list[tuple[int, int, int]] = []
-        for i, region in enumerate(regions):
-            if min(region.box.shape) < size:
-                continue
-            mask = _usable(region)
-            share = _shares(mask, size, stride).compute().ravel()
-            boxes = _boxes(Box(0, region.box.shape[0], 0, region.box.shape[1]), size, stride)
-            self.places += [
-                (i, box.y0, box.x0)
-                for box, s in zip(boxes, share, strict=True)
-                if s >= max(min_valid, 1e-9)
-            ]
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, index: int) -> Batch:
-        i, y, x = self.places[index]
-        region = self.regions[i]
-        if self.jitter:
-            # Seeded by what it is, not by who asks: the same with any number of workers.
-            draw = np.random.default_rng((self.seed, self.epoch, index))
-            reach = self.stride // 2
-            height, width = region.box.shape
-            y = int(np.clip(y + draw.integers(-reach, reach + 1), 0, height - self.size))
-            x = int(np.clip(x + draw.integers(-reach, reach + 1), 0, width - self.size))
-        chip = torch.from_numpy(np.ascontiguousarray(region.read(y, x, self.size)))
-        return {"layers": chip[:-1], "target": chip[-1]}
-
-
-class _Draw(Sampler[int]):
-    """Which training chips an epoch has, in which order; Lightning says which epoch it is."""
-
-    def __init__(self, chips: _ChipDataset, count: int):
-        self.chips, self.count = chips, count
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw anew: Lightning calls this before each epoch."""
-        self.chips.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[int]:
-        draw = np.random.default_rng((self.chips.seed, self.chips.epoch))
-        rounds = -(-self.count // len(self.chips))
-        order = np.concatenate([draw.permutation(len(self.chips)) for _ in range(rounds)])
-        return iter(order[: self.count].tolist())
-
-
-def _usable(region: _Region) -> da.Array:
-    """Return where the DSM, the target and, if the scene has it, ``valid`` are there."""
-    if region.array is not None:
-        dsm, target = region.array[region.names.index("dsm")], region.array[-1]
-        return da.from_array(np.isfinite(dsm) & np.isfinite(target), chunks=2048)
-    dsm, target = (_dask_layer(region.ds, name) for name in ("dsm", region.names[-1]))
-    return da.isfinite(dsm) & da.isfinite(target)
-
-
-class ChipDataModule(pl.LightningDataModule):
-    """Training and validation chips of one scene or many, as Lightning wants them.
-
-    Parameters
-    ----------
-    scenes
-        Scenes (Datasets), or one of them, or a DataTree of them.
-    chip_size
-        The chip's width in pixels.
-    batch_size
-        Chips in a batch.
-    split
-        Which part of each scene is trained on, such as ``"left 80 %"``; see `split_scene`. A band
-        of one chip between the parts belongs to neither.
-    min_valid
-        Chips with a smaller share of pixels that have both the DSM and the truth are left out.
-    chips_per_epoch
-        How many training chips make an epoch; by default as many as there are places half a chip
-        apart.
-    augment
-        Of ``"flip"``, ``"rotate"`` (quarter turns; they turn the sun as well) and ``"swap"`` (left
-        and right image change places). Training only; validation chips are never changed.
-    seed
-        The same seed gives the same chips, however many workers there are.
-    cache
-        ``"auto"`` holds the regions in memory if they take no more than a quarter of what is free;
-        True and False decide.
-
-    Notes
-    -----
-    It asks the model that is trained for its layers and its target. Batches are dicts: ``layers``
-    (n, layer, y, x) and ``target`` (n, y, x), float32, raw units, NaN for no data.
-
-    Examples
-    --------
-    >>> data = deepdem.ChipDataModule([ds], chip_size=128, batch_size=16)
-    >>> pytorch_lightning.Trainer(max_epochs=10).fit(model, data)
-    """
-
-    def __init__(
-        self,
-        scenes: xr.Dataset | xr.DataTree | Sequence[xr.Dataset],
-        *,
-        chip_size: int = 256,
-        batch_size: int = 24,
-        split: str = "left 80 %",
-        min_valid: float = 0.5,
-        chips_per_epoch: int | None = None,
-        augment: Sequence[str] = ("flip", "rotate"),
-        seed: int = 0,
-        cache: str | bool = "auto",
-    ):
-        super().__init__()
-        self.scenes = _scene_list(scenes)
-        self.chip_size, self.batch_size, self.split = chip_size, batch_size, split
-        self.min_valid, self.chips_per_epoch, self.seed = min_valid, chips_per_epoch, seed
-        if unknown := set(augment) - {"flip", "rotate", "swap"}:
-            raise ValueError(f"augment={sorted(unknown)}: wanted of 'flip', 'rotate', 'swap'")
-        self.augment, self.cache = tuple(augment), cache
-        self.layers: tuple[str, ...] = ()
-        self.target = ""
-        self.train_chips: _ChipDataset | None = None
-        self.val_chips: _ChipDataset | None = None
-        split_scene((1, 1), split, 0)  # a wrong split is told now, not when training starts
-
-    def setup(self, stage: str | None = None) -> None:
-        """Cut the scenes into regions and find the chips; reads the mask, or what is cached."""
-        if self.trainer is None:
-            raise RuntimeError("ChipDataModule works inside trainer.fit(model, data)")
-        model = self.trainer.lightning_module
-        layers, target = tuple(model.spec.layers), str(model.spec.target)
-        if self.train_chips is not None and (layers, target) == (self.layers, self.target):
-            return
-        self.layers, self.target = layers, target
-        train, val = [], []
-        for ds in self.scenes:
-            box = check_scene(ds, [*layers, target])
-            boxes = split_scene((box.shape.y, box.shape.x), self.split, self.chip_size)
-            train.append(_Region(ds, boxes[0], layers, target))
-            val.append(_Region(ds, boxes[1], layers, target))
-        if self._fits([*train, *val]):
-            for region in (*train, *val):
-                region.load()
-        common = {"size": self.chip_size, "min_valid": self.min_valid, "seed": self.seed}
-        self.train_chips = _ChipDataset(train, **common, jitter=True)
-        self.val_chips = _ChipDataset(val, **common, jitter=False)
-        if not len(self.train_chips):
-            raise ValueError(
-                f"no training chip: no place of {self.chip_size} px in the training region "
-                f"({self.split}) has {self.min_valid:.0%} of its pixels with both 'dsm' and "
-                f"{target!r}: pass a smaller chip_size or min_valid, or another split"
-            )
-
-    def _fits(self, regions: Sequence[_Region]) -> bool:
-        if isinstance(self.cache, bool):
-            return self.cache
-        free: int = psutil.virtual_memory().available
-        return sum(region.nbytes for region in regions) <= free / 4
-
-    def statistics(self) -> Statistics:
-        """Return the DSM scale and the layers' mean and spread over the training regions; computes.
-
-        Raises
-        ------
-        ValueError
-            No chip of the training regions is half valid, or the DSM is flat.
-        """
-        assert self.train_chips is not None
-        regions = self.train_chips.regions
-        stds, sums = [], np.zeros((len(self.layers), 3))
-        for region in regions:
-            part = region.ds if region.array is None else _in_memory(region)
-            if min(region.box.shape) >= self.chip_size:
-                dsm = _dask_layer(part, "dsm")
-                stds.append(_shares(dsm, self.chip_size, self.chip_size, std=True))
-            sums += np.array(dask.compute([_moments(_dask_layer(part, n)) for n in self.layers])[0])
-        scale = _robust_mean(np.concatenate([s.ravel() for s in dask.compute(*stds)]))
-        if not scale > 0:
-            raise ValueError(
-                f"no DSM scale: no chip of {self.chip_size} px in the training region is half "
-                "valid, or its surface is flat: pass dsm_scale= or a smaller chip_size"
-            )
-        count = np.maximum(sums[:, 0], 1)
-        means = sums[:, 1] / count
-        spread = np.sqrt(np.maximum(sums[:, 2] / count - means**2, 0))
-        return Statistics(
-            dsm_scale=scale,
-            pixel_size=float(np.mean([pixel_size(ds) for ds in self.scenes])),
-            means=dict(zip(self.layers, means.tolist(), strict=True)),
-            # A layer that is the same everywhere tells nothing; it must not divide by zero.
-            stds=dict(zip(self.layers, np.where(spread > 0, spread, 1.0).tolist(), strict=True)),
-            scenes=tuple(_name_of(ds, i) for i, ds in enumerate(self.scenes)),
-        )
-
-    def train_dataloader(self) -> DataLoader[Batch]:
-        """Return the training chips, drawn and jittered anew each epoch."""
-        assert self.train_chips is not None
-        count = self.chips_per_epoch or len(self.train_chips)
-        return DataLoader(
-            self.train_chips,
-            batch_size=self.batch_size,
-            sampler=_Draw(self.train_chips, count),
-            drop_last=count >= self.batch_size,
-        )
-
-    def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
-        """Return the validation chips: the same ones, in the same order, each time."""
-        assert self.val_chips is not None
-        if not len(self.val_chips):
-            return []
-        return DataLoader(self.val_chips, batch_size=self.batch_size)
-
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Augment a training batch."""
-        if self.trainer is None or not self.trainer.training:
-            return batch
-        draw = np.random.default_rng((self.seed, self.trainer.global_step))
-        return augmented(batch, self.layers, self.augment, draw)
-
-
-def augmented(
-    batch: Batch, layers: Sequence[str], kinds: Sequence[str], draw: np.random.Generator
-) -> Batch:
-    """Return the batch with one drawn symmetry for all its chips; layers and target alike."""
-    x, target = batch["layers"], batch["target"]
-    if "swap" in kinds and {"ortho_left", "ortho_right"} <= set(layers) and draw.random() < 0.5:
-        order = list(range(len(layers)))
-        left, right = layers.index("ortho_left"), layers.index("ortho_right")
-        order[left], order[right] = right, left
-        x = x[:, order]
-    dims = [d for d in (-2, -1) if "flip" in kinds and draw.random() < 0.5]
-    x, target = torch.flip(x, dims), torch.flip(target, dims)
-    turns = int(draw.integers(4)) if "rotate" in kinds else 0
-    return {
-        "layers": torch.rot90(x, turns, (-2, -1)),
-        "target": torch.rot90(target, turns, (-2, -1)),
-    }
-
-
-def _in_memory(region: _Region) -> xr.Dataset:
-    assert region.array is not None
-    return xr.Dataset({n: (("y", "x"), a) for n, a in zip(region.names, region.array, strict=True)})
-
-
-def _moments(layer: da.Array) -> da.Array:
-    """Return count, sum and sum of squares of the finite values, lazy."""
-    finite = da.isfinite(layer)
-    values = da.where(finite, layer, 0).astype(np.float64)
-    return da.stack([finite.sum(), values.sum(), (values**2).sum()])
-
-
-def _scene_list(scenes: xr.Dataset | xr.DataTree | Sequence[xr.Dataset]) -> list[xr.Dataset]:
-    if isinstance(scenes, xr.Dataset):
-        return [scenes]
-    if isinstance(scenes, xr.DataTree):
-        return [node.to_dataset() for node in scenes.leaves]
-    if not scenes:
-        raise ValueError("no scene to train on: pass [ds, ...]")
-    return list(scenes)
-
-
-def _name_of(ds: xr.Dataset, index: int) -> str:
-    return str(ds.attrs.get("name") or ds.attrs.get("title") or f"scene {index}")

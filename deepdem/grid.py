@@ -8,6 +8,7 @@ rather than average when the target is coarser.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -112,7 +113,9 @@ def crop_grid(grid: GeoBox, footprints: Mapping[str, GeoBox], bounds: Bounds) ->
     ValueError
         The layers do not overlap (the message names the two that do not), or `bounds` are none.
     """
-    boxes = {name: box.footprint(grid.crs).boundingbox for name, box in footprints.items()}
+    crs = grid.crs
+    assert crs is not None  # grid_from has seen to it
+    boxes = {name: box.footprint(crs).boundingbox for name, box in footprints.items()}
     if isinstance(bounds, str):
         if bounds not in ("intersection", "union"):
             raise ValueError(
@@ -127,25 +130,25 @@ def crop_grid(grid: GeoBox, footprints: Mapping[str, GeoBox], bounds: Bounds) ->
         inward, edges = False, [float(b) for b in bounds]
         if len(edges) != 4 or edges[0] >= edges[2] or edges[1] >= edges[3]:
             raise ValueError(
-                f"bounds={bounds!r}: wanted (left, bottom, right, top) in {grid.crs}, "
+                f"bounds={bounds!r}: wanted (left, bottom, right, top) in {crs}, "
                 "left < right and bottom < top"
             )
     left, top = ~grid.transform * (edges[0], edges[3])
     right, bottom = ~grid.transform * (edges[2], edges[1])
-    x0, y0 = (int(_snap(v, up=inward)) for v in (left, top))
-    x1, y1 = (int(_snap(v, up=not inward)) for v in (right, bottom))
+    x0, y0 = (_snap(v, up=inward) for v in (left, top))
+    x1, y1 = (_snap(v, up=not inward) for v in (right, bottom))
     if x1 <= x0 or y1 <= y0:
         raise ValueError(
-            f"bounds={bounds!r} leave no whole pixel of {grid.resolution.x} {grid.crs.units[0]}"
+            f"bounds={bounds!r} leave no whole pixel of {grid.resolution.x} {crs.units[0]}"
         )
     return GeoBox((y1 - y0, x1 - x0), grid.transform * Affine.translation(x0, y0), grid.crs)
 
 
-def _snap(edge_px: float, *, up: bool) -> float:
+def _snap(edge_px: float, *, up: bool) -> int:
     near = round(edge_px)
     if abs(edge_px - near) < _SAME_PX:
         return near
-    return np.ceil(edge_px) if up else np.floor(edge_px)
+    return math.ceil(edge_px) if up else math.floor(edge_px)
 
 
 def _check_overlap(boxes: Mapping[str, BoundingBox]) -> None:

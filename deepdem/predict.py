@@ -65,8 +65,8 @@ class ModelRef:
                     )
                 while len(_nets) >= _MOST_NETS:
                     _nets.pop(next(iter(_nets)))
-                net = read_model(_payloads[self.hash])
-                _nets[key] = net.to(device=device, memory_format=torch.channels_last)
+                net = read_model(_payloads[self.hash]).to(device)
+                _nets[key] = net.to(memory_format=torch.channels_last)
             return _nets[key]
 
 

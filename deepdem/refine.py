@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from deepdem.blocks import Box, chunks_of, map_regions
 from deepdem.layers import describe
-from deepdem.scene import check_scene, pixel_size
+from deepdem.scene import check_scene, dask_layer, pixel_size
 from deepdem.windows import Blend, Grid, blend_weights, overlap_px, window_grid
 
 __all__ = ["Windows", "refine", "refine_block"]
@@ -242,7 +242,7 @@ def refine(
     names = [*spec.layers, *(["valid"] if "valid" in ds and "valid" not in spec.layers else [])]
     data = map_regions(
         _refine_chunk,
-        [_dask_layer(ds, name) for name in names],
+        [dask_layer(ds, name) for name in names],
         chunks=chunks_of(shape, _chunk_px(chunks, shape, stride)),
         region=_Region(windows, shape),
         dtype=np.float32,
@@ -314,11 +314,6 @@ def _batch_size(batch_size: int | str, device: str) -> int:
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size={batch_size!r}: pass 'auto' or a positive number")
     return batch_size
-
-
-def _dask_layer(ds: xr.Dataset, name: str) -> da.Array:
-    data = ds[name].data
-    return data if isinstance(data, da.Array) else da.from_array(data, chunks=2048)
 
 
 def _result(

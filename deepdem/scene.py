@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import dask.array as da
 import numpy as np
 import rasterio.enums
 import xarray as xr
@@ -23,6 +24,7 @@ from deepdem.sources.raster import RasterSource, geobox_of, open_layer
 
 __all__ = [
     "check_scene",
+    "dask_layer",
     "geobox_of",
     "open_scene",
     "open_scenes",
@@ -127,7 +129,7 @@ def _target(
         return crop_grid(grid_from(boxes[default]), boxes, bounds)
     if resolution is None:
         raise ValueError(f"crs={crs!r} without a resolution: pass resolution= in its units")
-    target = boxes[default].crs if crs is None else crs
+    target: Any = boxes[default].crs if crs is None else crs
     extents = [box.footprint(target).boundingbox for box in boxes.values()]
     extent = BoundingBox(
         min(e.left for e in extents), min(e.bottom for e in extents),
@@ -206,6 +208,13 @@ def check_scene(ds: xr.Dataset, layers: Iterable[str] = ()) -> GeoBox:
             "decode_coords='all'"
         )
     return box
+
+
+def dask_layer(ds: xr.Dataset, name: str) -> da.Array:
+    """Return a layer's pixels as a Dask array; reads none, whether or not the scene is chunked."""
+    layer = ds[name] if ds[name].chunks is not None else ds[name].chunk(SHARD_PX)
+    assert isinstance(layer.data, da.Array)
+    return layer.data
 
 
 def pixel_size(ds: xr.Dataset) -> float:

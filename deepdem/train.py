@@ -14,7 +14,7 @@ import torch
 from pytorch_lightning.callbacks import Timer
 from torch import Tensor
 
-from deepdem.chips import Batch, Statistics
+from deepdem.data import Batch, Statistics
 from deepdem.models import ModelSpec, ResidualNet, build_network, read_model, write_model
 
 __all__ = ["LOSSES", "DeepDEM", "load_model"]
@@ -134,7 +134,8 @@ class DeepDEM(pl.LightningModule):
             (n, layer, y, x) raw layers in the order of ``layers``, NaN for no data. The result has
             shape (n, y, x), NaN where the initial DSM has no data.
         """
-        return x[:, self.spec.layers.index("dsm")] + self.net(x)
+        residual: Tensor = self.net(x)
+        return x[:, self.spec.layers.index("dsm")] + residual
 
     def setup(self, stage: str) -> None:
         """Take the DSM scale and the layers' statistics from the training scenes, once."""

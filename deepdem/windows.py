@@ -87,7 +87,8 @@ def blend_weights(blend: str | Blend, window_px: int) -> NDArray[np.float32]:
             f"{weights.max()} for a window of {window_px} px: wanted shape ({window_px},), all "
             "positive and finite"
         )
-    return (weights / weights.max()).astype(np.float32)
+    scaled: NDArray[np.float32] = (weights / weights.max()).astype(np.float32)
+    return scaled
 
 
 def overlap_px(overlap: float, window_px: int) -> int:
@@ -112,7 +113,7 @@ def overlap_px(overlap: float, window_px: int) -> int:
     """
     is_fraction = isinstance(overlap, float) and overlap < 1
     pixels = round(overlap * window_px) if is_fraction else int(overlap)
-    if overlap < 0 or pixels != overlap and not is_fraction or pixels >= window_px:
+    if overlap < 0 or (pixels != overlap and not is_fraction) or pixels >= window_px:
         raise ValueError(
             f"overlap={overlap!r} does not fit a window of {window_px} px: pass a fraction in "
             f"[0, 1) or whole pixels from 0 to {window_px - 1}"

@@ -1,4 +1,4 @@
-"""Rasters on disk or in memory as layers: headers only, nodata to NaN, errors that name the layer."""
+"""Rasters on disk or in memory as layers: only headers are read, nodata becomes NaN."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from os import PathLike, fspath
 from typing import Any, TypeAlias
 
 import numpy as np
-import odc.geo.xr  # registers .odc
 import rasterio
 import rasterio.errors
 import rioxarray

@@ -1,0 +1,159 @@
+"""The command line: each command is a few lines over what the package offers in Python."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Better elevation models out of satellite stereo.",
+)
+console = Console()
+
+
+def _print_table(table: pd.DataFrame, title: str) -> None:
+    shown = Table(title=title, title_justify="left")
+    names = [str(name) for name in table.index.names]
+    for name in names:
+        shown.add_column(name)
+    for column in table.columns:
+        shown.add_column(str(column), justify="right")
+    for index, row in table.iterrows():
+        key = index if isinstance(index, tuple) else (index,)
+        cells = [
+            f"{v:,.0f}" if name == "count" else f"{v:.3f}"
+            for name, v in zip(table.columns, row, strict=True)
+        ]
+        shown.add_row(*(str(k) for k in key), *cells)
+    console.print(shown)
+
+
+def _clock_bar(minutes: float) -> Any:
+    """Return a Lightning callback that shows training against the clock."""
+    import pytorch_lightning as pl
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    class ClockBar(pl.Callback):
+        def on_train_start(self, trainer: Any, module: Any) -> None:
+            self.bar = Progress(
+                TextColumn("Training"), BarColumn(), TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"), console=console,
+            )  # fmt: skip
+            self.task = self.bar.add_task("", total=minutes * 60, note="")
+            self.start = time.monotonic()
+            self.bar.start()
+
+        def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+            seen = trainer.callback_metrics
+            note = f"step {trainer.global_step}"
+            for key, label in (("train_MAE", "MAE"), ("val_MAE", "validation MAE")):
+                if key in seen:
+                    note += f"  {label} {float(seen[key]):.2f} m"
+            self.bar.update(self.task, completed=time.monotonic() - self.start, note=note)
+
+        def on_train_end(self, trainer: Any, module: Any) -> None:
+            self.bar.update(self.task, completed=minutes * 60)
+            self.bar.stop()
+
+        def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
+            self.bar.stop()
+
+    return ClockBar()
+
+
+@app.command()
+def demo(
+    scene: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder of rasters named like their layers (dsm.tif, ortho_left.tif, "
+            "lidar_dsm.tif, …); without it a synthetic scene."
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("deepdem-demo"),
+    minutes: Annotated[float, typer.Option(help="How long to train.")] = 2.0,
+    chip_size: Annotated[int, typer.Option(help="Pixels, a multiple of 32.")] = 128,
+    target: Annotated[str, typer.Option(help="The truth: lidar_dsm or lidar_dtm.")] = "lidar_dsm",
+    workers: Annotated[int, typer.Option(help="Workers of the local Dask cluster.")] = 2,
+    seed: Annotated[int, typer.Option(help="Of scene, chips and network.")] = 0,
+) -> None:
+    """Build a scene, train on one part, refine another, and show by how much it got better."""
+    from deepdem.demo import DemoSettings, run_demo
+
+    settings = DemoSettings(
+        out=out, scene=scene, target=target, minutes=minutes, chip_size=chip_size, seed=seed,
+        workers=workers,
+    )  # fmt: skip
+    table = run_demo(settings, console.print, [_clock_bar(minutes)])
+    _print_table(table, f"Errors against {target} in the unseen region, metres")
+    before, after = (float(table["MAE"].iloc[i]) for i in (0, 1))
+    console.print(f"MAE {before:.2f} m before, {after:.2f} m after: {1 - after / before:.0%} less")
+
+
+@app.command()
+def refine(
+    store: Annotated[str, typer.Argument(help="The Zarr store with the scene.")],
+    model: Annotated[str, typer.Argument(help="A saved model: path or URL.")],
+    out: Annotated[Path, typer.Argument(help="The GeoTIFF to write.")],
+    group: Annotated[str | None, typer.Option(help="The scene's name in the store.")] = None,
+    overlap: Annotated[float, typer.Option(help="Share of a window.")] = 0.5,
+    blend: Annotated[str, typer.Option(help="hann, linear, gaussian or none.")] = "hann",
+) -> None:
+    """Refine a scene's DSM and write it as a GeoTIFF."""
+    from dask.diagnostics.progress import ProgressBar
+
+    import deepdem
+
+    ds = deepdem.open_scene(store, group)
+    with ProgressBar():
+        ds.deepdem.refine(model, overlap=overlap, blend=blend).rio.to_raster(
+            out, tiled=True, compress="deflate", predictor=3, bigtiff="IF_SAFER", windowed=True
+        )
+    console.print(f"{out}")
+
+
+@app.command()
+def evaluate(
+    store: Annotated[str, typer.Argument(help="The Zarr store with the scene.")],
+    surface: Annotated[Path, typer.Argument(help="The refined surface, a raster.")],
+    group: Annotated[str | None, typer.Option(help="The scene's name in the store.")] = None,
+    truth: Annotated[str, typer.Option(help="The layer that is the truth.")] = "lidar_dsm",
+    by: Annotated[str | None, typer.Option(help="Strata: slope, ndvi or canopy.")] = None,
+) -> None:
+    """Print the error statistics of the initial and a refined surface against the truth."""
+    import deepdem
+
+    ds = deepdem.open_scene(store, group)
+    refined = deepdem.stack({"refined": surface}, like=ds)["refined"]
+    _print_table(ds.deepdem.evaluate(refined, truth=truth, by=by), f"Errors against {truth}, m")
+
+
+@app.command()
+def info(model: Annotated[str, typer.Argument(help="A saved model: path or URL.")]) -> None:
+    """Print what a saved model is: its layers, its scale, where it comes from."""
+    from dataclasses import asdict
+
+    from deepdem.models import read_model
+
+    for key, value in asdict(read_model(model).spec).items():
+        console.print(f"[bold]{key}[/bold]: {value}", highlight=False)
+
+
+def main() -> None:
+    """Run the command line; an error of the user's is a line, not a traceback."""
+    try:
+        app()
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        Console(stderr=True).print(f"[red]Error:[/red] {error}", highlight=False)
+        raise SystemExit(2) from None

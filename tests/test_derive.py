@@ -1,0 +1,433 @@
+"""Derived layers: right values, no nodata anywhere, the same whatever the chunks, and lazy."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import dask
+import dask.array as da
+import numpy as np
+import pytest
+import rioxarray  # noqa: F401  registers .rio
+import xarray as xr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter
+
+from deepdem.derive import _clip_counts, equalise, ndvi, prepare, valid_mask
+
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
+
+
+@contextmanager
+def nothing_computes() -> Iterator[None]:
+    def scheduler(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("computed")
+
+    with dask.config.set(scheduler=scheduler):
+        yield
+
+
+def texture(shape: tuple[int, int], seed: int = 0) -> np.ndarray:
+    """Smooth ground under fine texture, in the digital numbers of an 11-bit sensor."""
+    rng = np.random.default_rng(seed)
+    ground = gaussian_filter(rng.normal(size=shape), 12, mode="wrap") * 12
+    detail = gaussian_filter(rng.normal(size=shape), 1, mode="wrap")
+    return np.round(np.clip(700 + 250 * ground + 150 * detail, 1, 2047)).astype(np.float32)
+
+
+def ortho(values: np.ndarray, name: str = "ortho_left") -> xr.DataArray:
+    return xr.DataArray(values, dims=("y", "x"), name=name)
+
+
+def scene(shape: tuple[int, int] = (40, 50), *, orthos: int | str = "pair") -> xr.Dataset:
+    rng = np.random.default_rng(1)
+    names = {"pair": ["ortho_left", "ortho_right"], "mono": ["ortho_1"], "none": []}
+    images = names.get(str(orthos), [f"ortho_{i + 1}" for i in range(9)][: int(orthos == 3) * 3])
+    layers = {name: texture(shape, seed) for seed, name in enumerate(images)}
+    layers["dsm"] = rng.normal(100, 5, shape)
+    layers["triangulation_error"] = rng.uniform(0, 2, shape)
+    layers["red"], layers["nir"] = rng.uniform(0.05, 0.4, (2, *shape))
+    layers["lidar_dsm"] = np.full(shape, np.nan)
+    layers["water_mask"] = np.zeros(shape)
+    ds = xr.Dataset(
+        {name: (("y", "x"), values.astype(np.float32)) for name, values in layers.items()},
+        coords={"y": np.arange(shape[0])[::-1] * 0.5, "x": np.arange(shape[1]) * 0.5},
+        attrs={"title": "a scene"},
+    )
+    return ds.rio.write_crs(32631)
+
+
+# --- ndvi ---
+
+
+def test_ndvi_values_and_edges() -> None:
+    nan, inf = np.nan, np.inf
+    red = ortho(np.array([[0.1, 0.4, 0.0, nan, 0.2, 0.0, -0.1, 0.3, -0.4, inf]]), "red")
+    nir = ortho(np.array([[0.3, 0.4, 0.5, 0.3, nan, 0.0, 0.5, -0.1, 0.3, inf]]), "nir")
+    got = ndvi(red, nir)
+    np.testing.assert_allclose(got.values[0], [0.5, 0, 1, *[nan] * 7], rtol=1e-6)
+    assert got.dtype == np.float32
+    assert got.name == "ndvi"
+    assert got.attrs["units"] == "1"
+
+
+def test_ndvi_of_unsigned_integers_does_not_wrap() -> None:
+    red, nir = (ortho(np.array([[v]], dtype=np.uint16)) for v in (60000, 20000))
+    assert float(ndvi(red, nir)[0, 0]) == pytest.approx(-0.5)
+
+
+def test_ndvi_refuses_two_grids() -> None:
+    red = ortho(np.ones((2, 2))).assign_coords(x=[0, 1])
+    with pytest.raises(ValueError, match="x"):
+        ndvi(red, red.assign_coords(x=[1, 2]))
+
+
+# --- equalise ---
+
+
+@st.composite
+def holed_images(draw: st.DrawFn) -> tuple[np.ndarray, tuple[tuple[int, ...], ...]]:
+    shape = draw(st.tuples(st.integers(1, 70), st.integers(1, 70)))
+    image = texture(shape, draw(st.integers(0, 9))) - draw(st.sampled_from([0, 800]))
+    for _ in range(draw(st.integers(0, 3))):
+        top, left = draw(st.integers(0, shape[0])), draw(st.integers(0, shape[1]))
+        image[top : top + draw(st.integers(0, 60)), left : left + draw(st.integers(0, 60))] = np.nan
+    cuts = [
+        sorted(draw(st.sets(st.integers(1, n - 1), max_size=4))) if n > 1 else [] for n in shape
+    ]
+    chunks = [np.diff([0, *c, n]).tolist() for c, n in zip(cuts, shape, strict=True)]
+    return image, (tuple(chunks[0]), tuple(chunks[1]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(drawn=holed_images(), tile_px=st.sampled_from([5, 16, 33, 512]), whole=st.booleans())
+def test_any_chunking_gives_the_same_bits(drawn: Any, tile_px: int, whole: bool) -> None:
+    image, chunks = drawn
+    options: Any = {"tile_px": tile_px, "percentiles": (0, 100) if whole else (0.1, 99.9)}
+    eager = equalise(ortho(image), **options)
+    chunked = equalise(ortho(da.from_array(image, chunks)), **options)
+    assert chunked.chunks == chunks
+    np.testing.assert_array_equal(chunked.compute(scheduler="sync"), eager)
+    np.testing.assert_array_equal(np.isnan(eager), np.isnan(image))
+    assert eager.dtype == chunked.dtype == np.float32
+    if not np.isnan(image).all():
+        assert 0 <= np.nanmin(eager) <= np.nanmax(eager) <= 1
+
+
+def test_close_to_scikit_image() -> None:
+    exposure = pytest.importorskip("skimage.exposure")
+    image = texture((512, 512))
+    theirs = exposure.equalize_adapthist(image.astype(np.uint16), kernel_size=128, clip_limit=0.01)
+    error = equalise(ortho(image), tile_px=128, percentiles=(0, 100)).values - theirs
+    assert np.abs(error).mean() < 0.006
+    assert np.abs(error).max() < 0.025
+
+
+def test_clipping_is_the_limit_of_scikit_images_rounds() -> None:
+    adapthist = pytest.importorskip("skimage.exposure._adapthist")
+    counts = np.random.default_rng(0).gamma(0.3, 400, size=(5, 256)).round()
+    theirs = [adapthist.clip_histogram(c.astype(int), int(0.01 * c.sum())) for c in counts]
+    ours = _clip_counts(counts, 0.01)
+    np.testing.assert_allclose(ours.sum(axis=1), counts.sum(axis=1))
+    # Their last rounds hand out whole pixels from the first bin on; what counts is the mapping.
+    shares = np.cumsum(ours - np.array(theirs), axis=1) / counts.sum(axis=1, keepdims=True)
+    assert np.abs(shares).max() < 0.005
+
+
+@pytest.mark.parametrize("wild", [-9999.0, 0.0, 65535.0, -3.4028235e38])
+def test_nodata_is_in_no_histogram(wild: float) -> None:
+    image = texture((96, 96))
+    hole = np.zeros(image.shape, dtype=bool)
+    hole[10:22, 4:30] = True  # in the first of 3 x 3 tiles
+    whole = equalise(ortho(image), tile_px=32, grey_range=(1, 2047)).values
+    holed = equalise(ortho(np.where(hole, np.nan, image)), tile_px=32, grey_range=(1, 2047)).values
+    assert np.isnan(holed[hole]).all()
+    np.testing.assert_array_equal(holed[:, 48:], whole[:, 48:])
+    np.testing.assert_allclose(holed[~hole], whole[~hole], atol=0.1)
+    # The scene's range: the hole's pixels count neither as NaN, nor as what they once were.
+    robust = equalise(ortho(np.where(hole, np.nan, image)), tile_px=32)
+    np.testing.assert_allclose(
+        robust.values[:, 48:], equalise(ortho(image), tile_px=32)[:, 48:], atol=0.05
+    )
+    unmasked = equalise(ortho(np.where(hole, wild, image)), tile_px=32)
+    assert np.abs(unmasked.values - robust.values)[~hole].max() > 0.1
+    infinite = equalise(ortho(np.where(hole, np.inf, image)), tile_px=32)
+    np.testing.assert_array_equal(infinite, robust)
+
+
+def test_a_border_of_nodata_around_changes_nothing() -> None:
+    image = texture((64, 64))
+    alone = equalise(ortho(image), tile_px=32)
+    framed = equalise(ortho(np.pad(image, 64, constant_values=np.nan)), tile_px=32)
+    np.testing.assert_allclose(framed.values[64:-64, 64:-64], alone, atol=1e-6)
+
+
+def test_a_nearly_empty_tile_speaks_with_its_neighbour() -> None:
+    image = texture((32, 64))
+    image[:, 32:] = np.nan
+    image[5, 60] = image[5, 20]
+    got = equalise(ortho(image), tile_px=32, percentiles=(0, 100))
+    same = image[:, :16] == image[5, 20]  # left of the first centre its own mapping alone counts
+    assert same.any()
+    assert abs(got.values[5, 60] - got.values[:, :16][same].mean()) < 0.05
+
+
+def test_hot_pixels_do_not_use_up_the_grey_levels() -> None:
+    image = texture((256, 256))
+    hot = image.copy()
+    hot[::64, ::64] = 65535
+    cold = image != hot
+    calm, upset = equalise(ortho(image), tile_px=64), equalise(ortho(hot), tile_px=64)
+    assert np.abs(calm - upset).values[~cold].mean() < 0.02
+    assert equalise(ortho(hot), tile_px=64, percentiles=(0, 100)).std() < 0.7 * upset.std()
+
+
+@pytest.mark.parametrize("gain", [1 / 2047, 1.0, 30.0])
+def test_any_grey_scale_comes_out_alike(gain: float) -> None:
+    image = texture((128, 128))
+    difference = np.abs(equalise(ortho(image)) - equalise(ortho(image * np.float32(gain))))
+    assert difference.mean() < 0.01
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int32", "float64", ">f4"])
+def test_other_dtypes(dtype: str) -> None:
+    image = np.minimum(texture((40, 40)), 255)
+    np.testing.assert_array_equal(
+        equalise(ortho(image.astype(dtype)), tile_px=16), equalise(ortho(image), tile_px=16)
+    )
+
+
+def test_constant_empty_and_tiny_images() -> None:
+    for value in (7.0, -3.0, 0.0):
+        np.testing.assert_array_equal(equalise(ortho(np.full((9, 9), value))), 0)
+    assert np.isnan(equalise(ortho(np.full((9, 9), np.nan)))).all()
+    assert np.isnan(equalise(ortho(da.full((9, 9), np.nan, chunks=4)))).all()
+    assert float(equalise(ortho(np.ones((1, 1))))[0, 0]) == 0
+    step = np.ones((50, 50))
+    step[0, 0] = 2  # both percentiles fall on 1
+    assert equalise(ortho(step)).values[0, 0] == pytest.approx(1, abs=1e-4)
+
+
+def test_a_given_range_saves_a_reading() -> None:
+    image, reads = texture((64, 64)), []
+
+    def read(block: np.ndarray) -> np.ndarray:
+        reads.append(1)
+        return block
+
+    for given_range, times in ((None, 3), ((image.min(), image.max()), 2)):
+        reads.clear()
+        lazy = da.map_blocks(
+            read, da.from_array(image, 32, inline_array=True), meta=np.empty((0, 0), np.float32)
+        )
+        got = equalise(ortho(lazy), percentiles=(0, 100), grey_range=given_range)
+        np.testing.assert_array_equal(got, equalise(ortho(image), percentiles=(0, 100)))
+        assert len(reads) == 4 * times
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"tile_px": 1},
+        {"clip_limit": -0.1},
+        {"bins": 1},
+        {"percentiles": (99, 1)},
+        {"grey_range": (5, 5)},
+    ],
+)
+def test_wrong_settings_are_named(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=rf"{next(iter(wrong))}.*'ortho_left'"):
+        equalise(ortho(np.ones((4, 4))), **wrong)
+    with pytest.raises(ValueError, match="2 dimensions"):
+        equalise(xr.DataArray(np.ones((1, 4, 4)), dims=("band", "y", "x")))
+
+
+# --- valid ---
+
+
+def test_valid_mask_is_finite_and_in_range() -> None:
+    layers = {
+        "dsm": ortho(np.array([[1.0, np.nan, np.inf, 1.0, 1.0, 1.0]])),
+        "triangulation_error": ortho(np.array([[0.0, 1.0, 1.0, -1.0, 1.0, 1.0]])),
+        "ndvi": ortho(np.array([[-1.0, 1.0, 1.0, 1.0, 1.01, 1.0]])),
+        "valid": ortho(np.array([[1.0, 1.0, 1.0, 1.0, 1.0, 0.0]])),
+    }
+    got = valid_mask(layers, ["dsm", "triangulation_error", "ndvi"])
+    np.testing.assert_array_equal(got.values[0], [True, False, False, False, False, True])
+    assert got.dtype == np.bool_
+    np.testing.assert_array_equal(valid_mask(layers, ["valid"]).values[0], [True] * 5 + [False])
+
+
+def test_valid_mask_names_what_is_missing() -> None:
+    with pytest.raises(ValueError, match=r"no layer 'ndvi'.*\['dsm'\].*stack it"):
+        valid_mask({"dsm": ortho(np.ones((2, 2)))}, ["dsm", "ndvi"])
+    with pytest.raises(ValueError, match="no layer is named"):
+        valid_mask({"dsm": ortho(np.ones((2, 2)))}, [])
+
+
+# --- prepare ---
+
+
+@settings(max_examples=15, deadline=None)
+@given(y=st.integers(1, 40), x=st.integers(1, 50), orthos=st.sampled_from(["pair", "mono", 3]))
+def test_prepare_chunked_is_prepare_eager(y: int, x: int, orthos: Any) -> None:
+    ds = scene(orthos=orthos)
+    lazy = prepare(ds.chunk(y=max(y, 5), x=max(x, 5)), equalise_orthos={"tile_px": 16})
+    xr.testing.assert_identical(
+        lazy.compute(scheduler="sync"), prepare(ds, equalise_orthos={"tile_px": 16})
+    )
+
+
+@pytest.mark.parametrize("orthos", ["pair", "mono", 3, "none"])
+@pytest.mark.parametrize("chunked", [True, False])
+def test_prepare_twice_is_prepare_once(orthos: Any, chunked: bool) -> None:
+    ds = scene(orthos=orthos)
+    ds = ds.chunk(y=16) if chunked else ds
+    once = prepare(ds, equalise_orthos={"tile_px": 16})
+    xr.testing.assert_identical(prepare(once).compute(), once.compute())
+
+
+def test_prepare_leaves_its_input_alone() -> None:
+    ds = scene()
+    before = ds.copy(deep=True)
+    attrs = {name: dict(ds[name].attrs) for name in ds.variables}
+    ds["ortho_left"].encoding = {"dtype": "uint16", "_FillValue": 0, "grid_mapping": "spatial_ref"}
+    encoding = dict(ds["ortho_left"].encoding)
+    prepare(ds)
+    xr.testing.assert_identical(ds, before)
+    assert {name: dict(ds[name].attrs) for name in ds.variables} == attrs
+    assert ds["ortho_left"].encoding == encoding
+
+
+def test_prepare_is_lazy_and_its_names_are_deterministic() -> None:
+    ds = scene().chunk(y=13, x=17)
+    with nothing_computes():
+        first, second = prepare(ds), prepare(ds)
+        ndvi(ds.red, ds.nir)
+        equalise(ds.ortho_left)
+        valid_mask(ds, ["dsm"])
+        prepare(first)
+    for name in ("ortho_left", "ortho_right", "ndvi", "valid"):
+        assert first[name].data.name == second[name].data.name
+        assert dict(first[name].data.dask).keys() == dict(second[name].data.dask).keys()
+    other = prepare(ds, equalise_orthos={"tile_px": 64})
+    assert other["ortho_left"].data.name != first["ortho_left"].data.name
+
+
+def test_attrs_crs_and_encoding_survive() -> None:
+    ds = scene()
+    ds["ortho_left"].attrs |= {"units": "DN", "_FillValue": 0, "sensor": "P1A"}
+    ds["ortho_left"].encoding |= {"dtype": "uint16", "scale_factor": 2.0, "chunks": (8, 8)}
+    out = prepare(ds)
+    assert out.rio.crs.to_epsg() == 32631
+    assert out.attrs == ds.attrs
+    for name in ("ortho_left", "ndvi", "valid"):
+        assert out[name].rio.crs.to_epsg() == 32631
+        assert out[name].rio.grid_mapping == "spatial_ref"
+        assert out[name].attrs["units"] == "1"
+        assert out[name].attrs["long_name"]
+        json.dumps(out[name].attrs)
+    left = out["ortho_left"]
+    assert left.attrs["sensor"] == "P1A"
+    assert "_FillValue" not in left.attrs
+    assert left.attrs["equalised"].startswith("clahe tile_px=512 clip_limit=0.01 bins=256")
+    # The new values would be destroyed by the old ones' coding.
+    assert not {"dtype", "scale_factor"} & left.encoding.keys()
+    assert left.encoding["chunks"] == (8, 8)
+
+
+def test_zarr_gives_back_what_was_prepared(tmp_path: Any) -> None:
+    ds = scene().chunk(y=16, x=16)
+    ds["ortho_left"].encoding |= {"dtype": "uint16", "_FillValue": 0}
+    ds["dsm"][3:6, 4:9] = np.nan
+    out = prepare(ds)
+    out.to_zarr(tmp_path / "scene.zarr")
+    back = xr.open_zarr(tmp_path / "scene.zarr", decode_coords="all")
+    for name in out.data_vars:
+        np.testing.assert_array_equal(back[name], out[name])
+        assert back[name].dtype == out[name].dtype
+    xr.testing.assert_identical(prepare(back).compute(), back.compute())
+
+
+def test_what_counts_in_valid() -> None:
+    ds = scene()  # its lidar_dsm is NaN everywhere and its water_mask 0
+    ds["red"][0, 0] = np.nan
+    ds["triangulation_error"][1, 1] = -5
+    ds["ortho_right"][2, 2] = np.nan
+    expected = np.ones(ds["dsm"].shape, dtype=bool)
+    expected[[0, 1, 2], [0, 1, 2]] = False
+    out = prepare(ds)
+    np.testing.assert_array_equal(out["valid"], expected)
+    assert np.isnan(out["triangulation_error"].values[1, 1])
+    given_ndvi = prepare(ds.assign(ndvi=xr.ones_like(ds.red)))  # kept: red's hole is not its own
+    assert (given_ndvi["ndvi"] == 1).all()
+    assert given_ndvi["valid"].values[0, 0]
+    np.testing.assert_array_equal(
+        prepare(ds, needs=["dsm", "triangulation_error", "valid"])["valid"].values.sum(),
+        40 * 50 - 1,
+    )
+    assert not prepare(ds, needs=["red"])["valid"].values[0, 0]
+    assert not prepare(ds.drop_vars("nir"))["valid"].values[0, 0]
+
+
+def test_a_valid_that_is_there_counts_as_well() -> None:
+    mine = xr.DataArray(np.ones((40, 50)), dims=("y", "x"))
+    mine[7, 7] = 0
+    mine[8, 8] = np.nan
+    out = prepare(scene().assign(valid=mine))
+    assert out["valid"].dtype == np.bool_
+    assert (~out["valid"]).sum() == 2
+
+
+def test_missing_and_unfit_needs_are_named() -> None:
+    with pytest.raises(ValueError, match=r"'ortho_9'.*ortho_left"):
+        prepare(scene(), needs=["dsm", "ortho_9"])
+    with pytest.raises(ValueError, match=r"lidar_dsm.*truth"):
+        prepare(scene(), needs=["dsm", "lidar_dsm"])
+    with pytest.raises(ValueError, match="no layer is named"):
+        prepare(scene()[["lidar_dsm"]])
+
+
+def test_orthos_can_be_left_as_they_are() -> None:
+    ds = scene()
+    xr.testing.assert_identical(prepare(ds, equalise_orthos=False)["ortho_left"], ds["ortho_left"])
+
+
+def test_no_chunk_waits_for_the_histograms() -> None:
+    """In a store of the whole scene Dask's own order must not hold a layer's chunks."""
+    alive, peak, size = 0, 0, 24
+
+    def died() -> None:
+        nonlocal alive
+        alive -= 1
+
+    def read(block: np.ndarray) -> np.ndarray:
+        nonlocal alive, peak
+        alive, out = alive + 1, block.copy()
+        weakref.finalize(out, died)
+        peak = max(peak, alive)
+        return out
+
+    ds = scene((size * 8, size * 8)).chunk(size)
+    for name in ("dsm", "ortho_left", "ortho_right", "red", "nir", "triangulation_error"):
+        ds[name] = ds[name].copy(data=ds[name].data.map_blocks(read, dtype=np.float32))
+    out = prepare(ds)
+    targets = [np.empty(out.dsm.shape, out[name].dtype) for name in out.data_vars]
+    da.store([da.asarray(out[name].data) for name in out.data_vars], targets, scheduler="sync")
+    # 64 chunks a layer: any layer held from one pass to the next would show as 64 at once.
+    assert peak < 30
+
+
+def test_import_is_cheap() -> None:
+    code = (
+        "import sys, deepdem.derive; print({'torch', 'distributed', 'skimage'} & set(sys.modules))"
+    )
+    got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603
+    assert got.stdout.strip() == "set()"
