@@ -143,7 +143,7 @@ def _stereo(
     # share of the maximum. The maximum is of heights above ground, lest a bare slope be lifted.
     above = surface.top - surface.ground
     fat = _highest(above, 5.0, px)
-    voted = np.float32(0.84) * above + np.float32(0.16) * fat
+    voted = np.float32(0.8) * above + np.float32(0.2) * fat
     smooth = _gauss(surface.ground + voted, 2.7, px)
     blind = _gauss(np.maximum(np.float32(0.8) * shadow, hidden), 1.6, px)
     # Where there is nothing to match, what stands beside spreads over the gap.
@@ -151,11 +151,11 @@ def _stereo(
     smooth += np.float32(0.28) * blind * bulge
 
     weak = blind + np.float32(0.7) * surface.plain
-    level: Floats = np.float32(0.14) + np.float32(0.24) * weak + np.float32(0.007) * surface.canopy
+    level: Floats = np.float32(0.12) + np.float32(0.22) * weak + np.float32(0.006) * surface.canopy
     noise = smooth_noise(world, "match", 2.8, frame)
     noise += np.float32(0.6) * smooth_noise(world, "match wide", 11.0, frame)
     spread = smooth_noise(world, "blunder", 5.0, frame) + np.float32(1.1) * weak
-    wrong: Floats = np.clip((spread - np.float32(2.65)) * np.float32(2.5), 0, 1)
+    wrong: Floats = np.clip((spread - np.float32(2.45)) * np.float32(2.5), 0, 1)
     amount: Floats = wrong * (np.float32(13.0) * smooth_noise(world, "blunder size", 12.0, frame))
     dsm = smooth + level * noise + _jitter(world, frame) + amount
 
@@ -171,7 +171,7 @@ def _stereo(
 def _jitter(world: World, frame: Frame) -> Floats:
     """Return the attitude jitter of the platform: waves along the track, a little askew."""
     out = np.zeros((frame.height, frame.width), np.float32)
-    for wave, metres in ((1350.0, 0.16), (410.0, 0.13), (137.0, 0.08)):
+    for wave, metres in ((1350.0, 0.14), (410.0, 0.11), (137.0, 0.06)):
         # sin(a + b), taken apart: a sine a row and a column instead of one a pixel.
         turn = 2.0 * math.pi / wave
         phase = world.key(f"jitter {wave}") * (2.0 * math.pi / 2**32)

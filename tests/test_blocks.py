@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import dask
+import dask.array as da
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deepdem.blocks import Box, chunks_of, map_regions
+
+
+def _halo(shape, halo):
+    return lambda b: Box(
+        max(b.y0 - halo, 0), min(b.y1 + halo, shape[0]), max(b.x0 - halo, 0),
+        min(b.x1 + halo, shape[1]),
+    )  # fmt: skip
+
+
+def _sum(arrays, *, out, region, factor):
+    # The fake asserts its own contract: every input has the region's shape.
+    assert all(a.shape == region.shape for a in arrays)
+    return sum(a[out.within(region)] for a in arrays) * factor + arrays[0].mean() * 0
+
+
+@given(
+    st.tuples(st.integers(1, 60), st.integers(1, 60)), st.integers(1, 40), st.integers(1, 40),
+    st.integers(1, 40), st.integers(0, 25),
+)  # fmt: skip
+def test_any_chunking_gives_every_kernel_its_region(shape, one, two, out, halo):
+    a = np.arange(shape[0] * shape[1], dtype=np.float64).reshape(shape)
+    lazy = map_regions(
+        _sum, [da.from_array(a, chunks=one), da.from_array(2 * a, chunks=two)],
+        chunks=chunks_of(shape, out), region=_halo(shape, halo), dtype=float, name="sum",
+        common={"factor": 3},
+    )  # fmt: skip
+    np.testing.assert_array_equal(lazy.compute(scheduler="sync"), 9 * a)
+
+
+def test_names_are_a_function_of_the_inputs():
+    a = da.from_array(np.zeros((20, 20)), chunks=10)
+
+    def name(**change):
+        options = {"region": _halo((20, 20), 2), "dtype": float, "name": "n",
+                   "common": {"factor": 1}, "chunks": chunks_of((20, 20), 10)}  # fmt: skip
+        return map_regions(_sum, [a], **{**options, **change}).name
+
+    assert name() == name()
+    assert name() != name(region=_halo((20, 20), 3))
+    assert name() != name(common={"factor": 2})
+    assert name() != name(chunks=chunks_of((20, 20), 5))
+
+
+def test_no_neighbour_is_kept_whole():
+    """A task refers to whole blocks only where it needs them whole."""
+    a = da.from_array(np.zeros((300, 300)), chunks=100)
+    lazy = map_regions(
+        _sum, [a], chunks=chunks_of((300, 300), 100), region=_halo((300, 300), 5), dtype=float,
+        name="n", common={"factor": 1},
+    )  # fmt: skip
+    graph = dict(lazy.dask)
+    centre = graph[(lazy.name, 1, 1)]
+    whole = [k for k in centre.dependencies if isinstance(k, tuple) and k[0] == a.name]
+    assert whole == [(a.name, 1, 1)]
+    assert sum(str(k).startswith("('cut-") for k in centre.dependencies) == 8
+
+
+def test_common_stands_once_in_the_graph():
+    big = np.zeros(100_000)
+    a = da.zeros((1000, 1000), chunks=100)
+    lazy = map_regions(
+        lambda arrays, *, out, region, big: arrays[0], [a], chunks=chunks_of((1000, 1000), 100),
+        region=_halo((1000, 1000), 0), dtype=float, name="n", common={"big": big},
+    )  # fmt: skip
+    import cloudpickle
+
+    assert len(cloudpickle.dumps(dict(lazy.dask))) < 2 * big.nbytes
+
+
+def test_planes_and_empty_regions():
+    a = da.ones((10, 10), chunks=4)
+    planes = map_regions(
+        lambda arrays, *, out, region: np.stack([arrays[0], -arrays[0]]), [a],
+        chunks=chunks_of((10, 10), 3), region=_halo((10, 10), 0), dtype=float, name="p", planes=2,
+    )  # fmt: skip
+    assert planes.shape == (2, 10, 10)
+    np.testing.assert_array_equal(planes.compute()[1], -np.ones((10, 10)))
+    empty = map_regions(
+        lambda arrays, *, out, region: np.full(out.shape, arrays[0].size), [a],
+        chunks=chunks_of((6, 6), 3), region=lambda b: Box(0, 0, 0, 0), dtype=float, name="e",
+    )  # fmt: skip
+    np.testing.assert_array_equal(empty.compute(), np.zeros((6, 6)))
+
+
+def test_graph_of_a_huge_raster_is_small():
+    n = 40_000
+    a = da.zeros((n, n), chunks=2048, dtype=np.float32)
+    lazy = map_regions(
+        _sum, [a], chunks=chunks_of((n, n), 2048), region=_halo((n, n), 128), dtype=np.float32,
+        name="n", common={"factor": 1},
+    )  # fmt: skip
+    import cloudpickle
+
+    own = dict(lazy.dask.layers[lazy.name])
+    assert len(own) <= 10 * len(list(np.ndindex(*lazy.numblocks)))
+    assert len(cloudpickle.dumps(own)) / len(own) < 2000
+    with dask.config.set(scheduler="sync"):
+        assert lazy[:3, :3].compute().tolist() == [[0.0] * 3] * 3
+
+
+@pytest.mark.parametrize("box", [Box(0, 0, 3, 5), Box(4, 2, 0, 1)])
+def test_empty_boxes(box):
+    assert box.empty
