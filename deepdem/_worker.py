@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from distributed import WorkerPlugin
@@ -12,11 +13,10 @@ class Weights(WorkerPlugin):
 
     idempotent = True
 
-    def __init__(self, key: str, payload: bytes):
+    def __init__(self, key: str, payload: bytes, remember: Callable[[str, bytes], None]):
         self.name, self.key, self.payload = f"deepdem-{key}", key, payload
+        self.remember = remember
 
     def setup(self, worker: Any) -> None:
         """Run on each worker, and on each that joins later."""
-        from deepdem.predict import remember
-
-        remember(self.key, self.payload)
+        self.remember(self.key, self.payload)

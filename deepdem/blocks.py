@@ -1,29 +1,35 @@
 """The Dask glue: an output chunk from a region of its inputs, without a word of arithmetic.
 
 Reprojection needs for one output chunk some window of a source raster; inference needs the chunk
-and a halo. Both are `map_regions`: it finds the input blocks that a region touches, has the small
-part that is needed cut out of each (so that no neighbour stays in memory for the sake of its
-edge), and calls a kernel with the assembled NumPy arrays. Output chunks share nothing but those
-cuts: they can be computed in any order, anywhere, and lost and computed again.
+and a halo. Both are `map_regions`: it finds the input blocks that a region touches and calls a
+kernel with the assembled NumPy arrays. Output chunks share nothing but slivers of the inputs:
+they can be computed in any order, anywhere, and lost and computed again.
+
+Of a block that several output chunks need, one task cuts all the slivers at once, so that the
+block itself can go. A task for each sliver lost: Dask runs it only when its consumer is due, and
+the whole block waits until then (131 blocks of a 16 by 16 raster in memory, against 21 now).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, product
 from typing import Any, TypeAlias
 
 import dask.array as da
 import numpy as np
-from dask.base import tokenize
+from dask._task_spec import convert_legacy_graph  # not public, but its tasks are
+from dask.base import clone_key, tokenize
 from dask.highlevelgraph import HighLevelGraph
 from dask.task_spec import DataNode, List, Task, TaskRef
 from numpy.typing import DTypeLike, NDArray
 
-__all__ = ["Box", "Chunks", "chunks_of", "map_regions"]
+__all__ = ["Box", "Chunks", "chunks_of", "map_regions", "read_again"]
 
 Chunks: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
+#: Row and column of a block, or of an output chunk.
+Where: TypeAlias = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -84,9 +90,37 @@ def _touched(edges: list[int], lo: int, hi: int) -> range:
     return range(first, last)
 
 
-def _cut(block: NDArray[Any], y: slice, x: slice) -> NDArray[Any]:
-    # A copy, not a view: a view would keep the whole neighbour alive.
-    return np.ascontiguousarray(block[y, x])
+def read_again(array: da.Array, *, seed: str) -> da.Array:
+    """Return the same array by other tasks: what it needs is read and computed once more.
+
+    Two consumers of one array that are far apart in time would keep all of it in memory between
+    them. `dask.graph_manipulation.clone` is meant for this, but as of Dask 2026.8 it renames the
+    keys of a materialised layer (any slicing makes one) and leaves the tasks under them as they
+    were, so that the clone depends on what it was cloned from.
+    """
+    graph = convert_legacy_graph(dict(array.__dask_graph__()))
+    # Objects that are only held (files, the arrays of a scene in memory) need no second name.
+    names = {
+        key: clone_key(key, seed)
+        for key, task in graph.items()
+        if not isinstance(task, DataNode) and isinstance(key, str | tuple)
+    }
+    layer = {new: graph[old].substitute(names, key=new) for old, new in names.items()}
+    name = clone_key(array.name, seed)
+    if name not in {key[0] for key in layer if isinstance(key, tuple)}:
+        return array  # all of it is held already
+    inputs: list[Any] = [array]
+    return da.Array(
+        HighLevelGraph.from_collections(name, layer, dependencies=inputs),
+        name, array.chunks, meta=array._meta,
+    )  # fmt: skip
+
+
+def _cut(
+    block: NDArray[Any], places: Mapping[Where, tuple[slice, slice]]
+) -> dict[Where, NDArray[Any]]:
+    # Copies, not views: a view would keep the whole block alive.
+    return {where: block[place].copy() for where, place in places.items()}
 
 
 def _keywords(names: tuple[str, ...], *values: Any) -> dict[str, Any]:
@@ -95,33 +129,36 @@ def _keywords(names: tuple[str, ...], *values: Any) -> dict[str, Any]:
 
 def _assemble(
     kernel: Kernel,
-    pieces: list[list[NDArray[Any]]],
+    pieces: list[list[NDArray[Any] | dict[Where, NDArray[Any]]]],
     places: list[list[tuple[slice, slice]]],
+    where: Where,
     region: Box,
     out: Box,
     common: Mapping[str, Any],
 ) -> NDArray[Any]:
     arrays = []
     for parts, slots in zip(pieces, places, strict=True):
-        if len(parts) == 1 and parts[0].shape == region.shape:
-            arrays.append(parts[0])
+        blocks = [part[where] if isinstance(part, dict) else part for part in parts]
+        if len(blocks) == 1 and blocks[0].shape == region.shape:
+            arrays.append(blocks[0])
             continue
-        whole = np.empty(region.shape, dtype=parts[0].dtype if parts else np.float32)
-        for part, slot in zip(parts, slots, strict=True):
-            whole[slot] = part
+        whole = np.empty(region.shape, dtype=blocks[0].dtype if blocks else np.float32)
+        for block, slot in zip(blocks, slots, strict=True):
+            whole[slot] = block
         arrays.append(whole)
     return kernel(arrays, out=out, region=region, **common)
 
 
 class _Source:
-    """One input array: its block grid, and the cuts that were made of it."""
+    """One input array: its block grid, and the slivers that are cut of its blocks."""
 
-    def __init__(self, array: da.Array, token: str):
+    def __init__(self, array: da.Array, token: str, again: da.Array):
         self.array, self.token = array, token
+        self.again = again
         self.y, self.x = (_edges(sizes) for sizes in array.chunks)
-        self.cuts: dict[Any, Task] = {}
+        self.slivers: dict[Where, dict[Where, tuple[slice, slice]]] = {}
 
-    def pieces(self, region: Box, where: tuple[int, int]) -> tuple[list[Any], list[Any]]:
+    def pieces(self, region: Box, where: Where) -> tuple[list[Any], list[Any]]:
         """Return references to what covers `region`, and the place of each in it."""
         parts, places = [], []
         rows = _touched(self.y, region.y0, region.y1)
@@ -131,15 +168,19 @@ class _Source:
             piece = block.intersect(region)
             if piece.empty:
                 continue
-            source = (self.array.name, i, j)
             if piece == block:
-                parts.append(TaskRef(source))
+                parts.append(TaskRef((self.array.name, i, j)))
             else:
-                key = (f"cut-{self.token}", *where, i, j)
-                self.cuts[key] = Task(key, _cut, TaskRef(source), *piece.within(block))
-                parts.append(TaskRef(key))
+                self.slivers.setdefault((i, j), {})[where] = piece.within(block)
+                parts.append(TaskRef((f"cut-{self.token}", i, j)))
             places.append(piece.within(region))
         return parts, places
+
+    def cuts(self) -> Iterator[Task]:
+        """Give the tasks that cut the slivers, one a block."""
+        for block, places in self.slivers.items():
+            key = (f"cut-{self.token}", *block)
+            yield Task(key, _cut, TaskRef((self.again.name, *block)), places)
 
 
 def map_regions(
@@ -152,6 +193,7 @@ def map_regions(
     name: str,
     common: Mapping[str, Any] | None = None,
     planes: int | None = None,
+    reread: bool = False,
 ) -> da.Array:
     """Return a lazy array each of whose chunks is a kernel of a region of the inputs.
 
@@ -177,6 +219,10 @@ def map_regions(
         cluster reaches each worker once.
     planes
         The length of a leading dimension of the output, if it has one.
+    reread
+        Whether slivers are cut from inputs that are read, or computed, once more for that. Then
+        a block is in memory only while its own output chunk is computed, whatever the width of
+        the raster. Worth it where the kernel is dear and the inputs are cheap.
 
     Returns
     -------
@@ -192,7 +238,14 @@ def map_regions(
     needed = {where: region(box) for where, box in boxes.items()}
     regions = np.array([(r.y0, r.y1, r.x0, r.x1) for r in needed.values()])
     token = tokenize(
-        kernel, [array.name for array in arrays], chunks, regions, np.dtype(dtype), common, planes
+        kernel,
+        [array.name for array in arrays],
+        chunks,
+        regions,
+        np.dtype(dtype),
+        common,
+        planes,
+        reread,
     )
     name = f"{name}-{token}"
     graph: dict[Any, Any] = {}
@@ -200,7 +253,10 @@ def map_regions(
         graph[f"{name}-{keyword}"] = DataNode(f"{name}-{keyword}", value)
     shared = [TaskRef(f"{name}-{keyword}") for keyword in common]
     graph[f"{name}-common"] = Task(f"{name}-common", _keywords, tuple(common), *shared)
-    sources = [_Source(array, f"{token}-{n}") for n, array in enumerate(arrays)]
+    sources = [
+        _Source(array, f"{token}-{n}", read_again(array, seed=token) if reread else array)
+        for n, array in enumerate(arrays)
+    ]
     for where, box in boxes.items():
         parts, places = [], []
         for source in sources:
@@ -209,12 +265,13 @@ def map_regions(
             places.append(place)
         key: tuple[str | int, ...] = (name, *where) if planes is None else (name, 0, *where)
         graph[key] = Task(
-            key, _assemble, kernel, List(*parts), places, needed[where], box,
+            key, _assemble, kernel, List(*parts), places, where, needed[where], box,
             TaskRef(f"{name}-common"),
         )  # fmt: skip
+    inputs: list[Any] = []
     for source in sources:
-        graph.update(source.cuts)
-    inputs: list[Any] = list(arrays)
+        graph.update({task.key: task for task in source.cuts()})
+        inputs += [source.array, source.again]
     layers = HighLevelGraph.from_collections(name, graph, dependencies=inputs)
     out_chunks = chunks if planes is None else ((planes,), *chunks)
     return da.Array(layers, name, chunks=out_chunks, dtype=np.dtype(dtype))

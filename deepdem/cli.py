@@ -23,20 +23,20 @@ console = Console()
 
 
 def _print_table(table: pd.DataFrame, title: str) -> None:
-    shown = Table(title=title, title_justify="left")
-    names = [str(name) for name in table.index.names]
-    for name in names:
-        shown.add_column(name)
-    for column in table.columns:
-        shown.add_column(str(column), justify="right")
-    for index, row in table.iterrows():
-        key = index if isinstance(index, tuple) else (index,)
-        cells = [
-            f"{v:,.0f}" if name == "count" else f"{v:.3f}"
-            for name, v in zip(table.columns, row, strict=True)
-        ]
-        shown.add_row(*(str(k) for k in key), *cells)
-    console.print(shown)
+    """Print statistics down and surfaces across: it fits a terminal of 80 columns."""
+    strata = table.index.get_level_values(0).unique() if table.index.nlevels > 1 else [None]
+    for stratum in strata:
+        part = table if stratum is None else table.loc[stratum]
+        heading = title if stratum is None else f"{title}, {table.index.names[0]} {stratum}"
+        shown = Table(title=heading, title_justify="left")
+        shown.add_column("")
+        for surface in part.index:
+            shown.add_column(str(surface), justify="right")
+        for column in part.columns:
+            whole = column == "count"
+            cells = [f"{v:,.0f}" if whole else f"{v:.3f}" for v in part[column]]
+            shown.add_row(str(column), *cells)
+        console.print(shown)
 
 
 def _clock_bar(minutes: float) -> Any:
@@ -83,7 +83,7 @@ def demo(
     ] = None,
     out: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("deepdem-demo"),
     minutes: Annotated[float, typer.Option(help="How long to train.")] = 2.0,
-    chip_size: Annotated[int, typer.Option(help="Pixels, a multiple of 32.")] = 128,
+    chip_size: Annotated[int, typer.Option(help="Pixels, a multiple of 32.")] = 64,
     target: Annotated[str, typer.Option(help="The truth: lidar_dsm or lidar_dtm.")] = "lidar_dsm",
     workers: Annotated[int, typer.Option(help="Workers of the local Dask cluster.")] = 2,
     seed: Annotated[int, typer.Option(help="Of scene, chips and network.")] = 0,

@@ -178,8 +178,12 @@ class ChipDataModule(pl.LightningDataModule):
         How many training chips make an epoch; by default as many as there are places half a chip
         apart.
     augment
-        Of ``"flip"``, ``"rotate"`` (quarter turns; they turn the sun as well) and ``"swap"`` (left
-        and right image change places). Training only; validation chips are never changed.
+        Of ``"flip"``, ``"rotate"`` (quarter turns) and ``"swap"`` (left and right image change
+        places). Training only; validation chips are never changed. Nothing by default: each of
+        them turns the sun and the parallax between the images, from which a network learns
+        which way a wrong height displaced them. On one synthetic scene, 90 s of training each,
+        flips and turns took the gain in MAE from 56 % to 34 %. With many scenes of many
+        geometries they may help.
     seed
         The same seed gives the same chips, however many workers there are.
     cache
@@ -206,7 +210,7 @@ class ChipDataModule(pl.LightningDataModule):
         split: str = "left 80 %",
         min_valid: float = 0.5,
         chips_per_epoch: int | None = None,
-        augment: Sequence[str] = ("flip", "rotate"),
+        augment: Sequence[str] = (),
         seed: int = 0,
         cache: str | bool = "auto",
     ):

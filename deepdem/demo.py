@@ -54,7 +54,7 @@ class DemoSettings:
     scene: Path | None = None
     target: str = "lidar_dsm"
     minutes: float = 2.0
-    chip_size: int = 128
+    chip_size: int = 64
     train_share: float = 65.0
     seed: int = 0
     workers: int = 2
@@ -146,13 +146,13 @@ def _train(train: xr.Dataset, settings: DemoSettings, callbacks: list[Any]) -> D
     model = DeepDEM(
         layers,
         settings.target,
-        encoder="tu-mobilenetv3_small_050",
-        options={"decoder_channels": [64, 32, 16, 16, 8]},
+        architecture="resdepth",
+        options={"start_kernel": 24, "depth": 3},
         chip_size=settings.chip_size,
         learning_rate=2e-3,
     )
     data = ChipDataModule(
-        train, chip_size=settings.chip_size, batch_size=8, split="top 80 %", seed=settings.seed
+        train, chip_size=settings.chip_size, batch_size=4, split="top 80 %", seed=settings.seed
     )
     for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators.cuda"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -166,7 +166,7 @@ def _train(train: xr.Dataset, settings: DemoSettings, callbacks: list[Any]) -> D
         enable_model_summary=False,
         enable_progress_bar=False,
         num_sanity_val_steps=0,
-        check_val_every_n_epoch=4,
+        check_val_every_n_epoch=1,
         callbacks=callbacks,
     )
     with warnings.catch_warnings():

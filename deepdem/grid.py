@@ -9,10 +9,13 @@ rather than average when the target is coarser.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
+import pyproj
 import rasterio.warp
 import xarray as xr
 from affine import Affine
@@ -21,14 +24,26 @@ from odc.geo.geobox import GeoBox
 from odc.geo.geom import BoundingBox
 from odc.geo.overlap import compute_reproject_roi
 from odc.geo.xr import xr_coords
+from rasterio.errors import NotGeoreferencedWarning
 
 from deepdem.blocks import Box, chunks_of, map_regions
 from deepdem.sources.raster import geobox_of
 
-__all__ = ["Bounds", "crop_grid", "grid_from", "pixel_size_m", "regrid", "same_grid"]
+__all__ = [
+    "Bounds",
+    "crop_grid",
+    "grid_from",
+    "ground_steps",
+    "pixel_size_m",
+    "regrid",
+    "same_grid",
+]
 
 #: ``"intersection"``, ``"union"`` or (left, bottom, right, top) in the grid's CRS.
 Bounds: TypeAlias = "str | tuple[float, float, float, float]"
+
+# Raised for the arrays in memory that rasterio warps, whose transform is given beside them.
+warnings.filterwarnings("ignore", category=NotGeoreferencedWarning, module="rasterio.warp")
 
 # Of a pixel: grids closer than this are one grid, and values are copied, not interpolated.
 _SAME_PX = 1e-3
@@ -171,25 +186,69 @@ def _pretty(box: BoundingBox) -> str:
 
 
 def pixel_size_m(grid: GeoBox) -> float:
-    """Return the pixel size in metres: the mean of both axes, at the grid's centre.
+    """Return the pixel size in metres on the ground: the mean of both axes, at the grid's centre.
 
-    For a geographic CRS degrees are turned into metres on the ground at the centre's latitude
-    (WGS 84 radii of curvature); for a projected one its linear unit is taken into account.
+    See `ground_steps`: it is measured, so that a nominal metre of UTM may be 1.0004 m. Without a
+    CRS, the size is taken for metres.
     """
-    crs = grid.crs
-    dx, dy = abs(grid.resolution.x), abs(grid.resolution.y)
+    centre = grid.transform * (grid.shape.x / 2, grid.shape.y / 2)
+    crs = None if grid.crs is None else grid.crs.proj
+    dx, dy = grid.resolution.xy
+    return sum(map(abs, ground_steps(crs, at=(centre[1], centre[0]), step=(dy, dx)))) / 2
+
+
+def ground_steps(
+    crs: pyproj.CRS | None, *, at: tuple[float, float], step: tuple[float, float]
+) -> tuple[float, float]:
+    """Return steps along y and x as metres on the ground, of the same signs as `step`.
+
+    They are geodesics on the CRS's ellipsoid: degrees, feet and Web Mercator's stretched metres
+    come out right, and so does the scale of a projection (0.9996 in the middle of a UTM zone).
+
+    Parameters
+    ----------
+    crs
+        ``None``: the steps are taken for metres.
+    at
+        (y, x), where it is measured.
+    step
+        (y, x), in the CRS's units.
+
+    Raises
+    ------
+    ValueError
+        The place is not on the CRS's map: the CRS or the coordinates are wrong.
+    """
     if crs is None:
-        return float((dx + dy) / 2)
-    if not crs.geographic:
-        unit: float = crs.proj.axis_info[0].unit_conversion_factor
-        return float((dx + dy) / 2 * unit)
-    unit = np.degrees(crs.proj.axis_info[0].unit_conversion_factor)
-    latitude = np.radians(grid.extent.centroid.coords[0][1] * unit)
-    a, e2 = 6378137.0, 6.69437999014e-3
-    w = np.sqrt(1 - e2 * np.sin(latitude) ** 2)
-    metres_x = np.radians(dx * unit) * a / w * np.cos(latitude)
-    metres_y = np.radians(dy * unit) * a * (1 - e2) / w**3
-    return float((metres_x + metres_y) / 2)
+        return step
+    geodesy = _geodesy(crs)
+    if geodesy is None:  # a local engineering CRS has no ellipsoid to measure on
+        unit: float = crs.axis_info[0].unit_conversion_factor
+        return step[0] * unit, step[1] * unit
+    to_lonlat, geod, degrees = geodesy
+    (y, x), (dy, dx) = at, step
+    lon, lat = to_lonlat.transform(
+        [x, x - dx / 2, x, x + dx / 2], [y - dy / 2, y, y + dy / 2, y]
+    )  # fmt: skip
+    if not np.isfinite([lon, lat]).all():
+        raise ValueError(
+            f"y={y}, x={x} is no place in {crs.name}: the CRS or the coordinates are wrong; write "
+            "the right ones, e.g. ds.rio.write_crs('EPSG:…')"
+        )
+    lon, lat = np.multiply(lon, degrees), np.multiply(lat, degrees)
+    _, _, metres = geod.inv(lon[:2], lat[:2], lon[2:], lat[2:])
+    return math.copysign(metres[0], dy), math.copysign(metres[1], dx)
+
+
+@lru_cache(maxsize=64)  # a transformer takes 0.3 ms to make, and a reprojection asks for many
+def _geodesy(crs: pyproj.CRS) -> tuple[pyproj.Transformer, pyproj.Geod, float] | None:
+    """Return the way to longitude and latitude, the ellipsoid, and their unit in degrees."""
+    geodetic, geod = crs.geodetic_crs, crs.get_geod()
+    if geodetic is None or geod is None:
+        return None
+    # Not every one counts in degrees: NTF (Paris), below the old French Lambert grids, in grads.
+    degrees = math.degrees(geodetic.axis_info[0].unit_conversion_factor)
+    return pyproj.Transformer.from_crs(crs, geodetic, always_xy=True), geod, degrees
 
 
 def regrid(array: xr.DataArray, grid: GeoBox, *, resampling: str, chunks: int) -> xr.DataArray:
@@ -222,6 +281,7 @@ def regrid(array: xr.DataArray, grid: GeoBox, *, resampling: str, chunks: int) -
     source = geobox_of(array)
     assert source is not None  # open_layer has seen to it
     shift = _integer_shift(source, grid)
+    zoom = max(_zoom(source, grid), 1.0)
     whole = Box(0, source.shape.y, 0, source.shape.x)
 
     def region(out: Box) -> Box:
@@ -230,7 +290,7 @@ def regrid(array: xr.DataArray, grid: GeoBox, *, resampling: str, chunks: int) -
             return Box(out.y0 + y, out.y1 + y, out.x0 + x, out.x1 + x).intersect(whole)
         tile = grid[out.y0 : out.y1, out.x0 : out.x1]
         # The kernel's radius grows with the target's pixel.
-        radius = 3 * int(np.ceil(max(_zoom(source, tile), 1))) + 1
+        radius = 3 * math.ceil(zoom) + 1
         roi = compute_reproject_roi(source, tile, padding=radius).roi_src
         return Box(roi[0].start, roi[0].stop, roi[1].start, roi[1].stop).intersect(whole)
 
@@ -241,7 +301,7 @@ def regrid(array: xr.DataArray, grid: GeoBox, *, resampling: str, chunks: int) -
         region=region,
         dtype=np.float32,
         name=f"regrid-{array.name}",
-        common={"source": source, "target": grid, "resampling": resampling}
+        common={"source": source, "target": grid, "resampling": resampling, "zoom": zoom}
         if shift is None
         else {"shift": shift},
     )
@@ -253,6 +313,10 @@ def regrid(array: xr.DataArray, grid: GeoBox, *, resampling: str, chunks: int) -
 
 def _zoom(source: GeoBox, target: GeoBox) -> float:
     """Return how many source pixels a target pixel is wide."""
+    if source.crs == target.crs:
+        # Exact: what is measured differs a little from one grid's centre to the other's.
+        return float((abs(target.resolution.x) + abs(target.resolution.y))
+                     / (abs(source.resolution.x) + abs(source.resolution.y)))  # fmt: skip
     return pixel_size_m(target) / pixel_size_m(source)
 
 
@@ -275,13 +339,13 @@ def _warp(
     source: GeoBox,
     target: GeoBox,
     resampling: str,
+    zoom: float,
 ) -> NDArray[np.float32]:
     result = np.full(out.shape, np.nan, dtype=np.float32)
     if region.empty:
         return result
     here = target[out.y0 : out.y1, out.x0 : out.x1]
     there = source[region.y0 : region.y1, region.x0 : region.x1]
-    zoom = max(_zoom(source, target), 1.0)
     rasterio.warp.reproject(
         arrays[0],
         result,

@@ -129,9 +129,88 @@ def _smp(spec: ModelSpec, weights: str | None) -> nn.Module:
     return network
 
 
+class ResDepthUNet(nn.Module):
+    """The U-Net of ResDepth (Stucker and Schindler, 2022), with its names of parameters.
+
+    `depth` levels of one 3x3 convolution each; skips are added, not concatenated, so that the
+    full resolution costs little. Without its outer skip: `ResidualNet` adds the initial DSM.
+
+    Parameters
+    ----------
+    in_channels
+        How many layers it sees.
+    start_kernel, max_filter_depth
+        Filters of the first level; they double from level to level up to the most.
+    depth
+        How often the resolution is halved.
+    do_bn
+        Whether there is batch normalisation; convolutions have a bias where there is none, if
+        `bias_conv_layer` says so.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        *,
+        start_kernel: int = 16,
+        max_filter_depth: int = 512,
+        depth: int = 4,
+        do_bn: bool = True,
+        bias_conv_layer: bool = True,
+    ):
+        super().__init__()
+        widths = [min(start_kernel * 2**level, max_filter_depth) for level in range(depth + 1)]
+
+        def block(before: int, after: int) -> nn.Sequential:
+            conv = nn.Conv2d(before, after, 3, padding=1, bias=bias_conv_layer and not do_bn)
+            norm = [nn.BatchNorm2d(after)] if do_bn else []
+            return nn.Sequential(conv, *norm, nn.ReLU())
+
+        befores = [in_channels, *widths[: depth - 1]]
+        self.encoder = nn.ModuleList(
+            nn.Sequential(block(b, w), nn.MaxPool2d(2))
+            for b, w in zip(befores, widths, strict=False)
+        )
+        self.bottleneck = block(widths[depth - 1], widths[depth])
+        self.decoder = nn.ModuleList()
+        below = widths[depth]
+        for level in range(depth - 1, 0, -1):
+            up = nn.ConvTranspose2d(below, widths[level], 2, stride=2)
+            self.decoder.append(nn.Sequential(up, block(widths[level], widths[level - 1])))
+            below = widths[level - 1]
+        self.decoder.append(nn.ConvTranspose2d(below, widths[0], 2, stride=2))
+        self.last_layer = nn.Conv2d(widths[0], 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (n, 1, y, x) of (n, layer, y, x)."""
+        kept = []
+        for level in self.encoder:
+            assert isinstance(level, nn.Sequential)
+            x = level[0](x)
+            kept.append(x)
+            x = level[1](x)
+        x = self.bottleneck(x)
+        for level in self.decoder:
+            # The kept output is added between the transposed convolution and the block.
+            up, block = (level[0], level[1]) if isinstance(level, nn.Sequential) else (level, None)
+            x = up(x) + kept.pop()
+            x = x if block is None else block(x)
+        out: Tensor = self.last_layer(x)
+        return out
+
+
+def _resdepth(spec: ModelSpec, weights: str | None) -> nn.Module:
+    if weights is not None:
+        raise ValueError(f"encoder_weights={weights!r}: architecture 'resdepth' has none")
+    return ResDepthUNet(len(spec.layers), **spec.options)
+
+
 #: Architectures by name: a function of the spec and the name of the encoder's weights. What is
 #: not here is asked of segmentation-models-pytorch.
-ARCHITECTURES: dict[str, Callable[[ModelSpec, str | None], nn.Module]] = {"unet": _smp}
+ARCHITECTURES: dict[str, Callable[[ModelSpec, str | None], nn.Module]] = {
+    "unet": _smp,
+    "resdepth": _resdepth,
+}
 
 
 def build_network(spec: ModelSpec, encoder_weights: str | None = None) -> nn.Module:
@@ -143,12 +222,11 @@ def build_network(spec: ModelSpec, encoder_weights: str | None = None) -> nn.Mod
         The architecture or the encoder is not known.
     """
     network = ARCHITECTURES.get(spec.architecture, _smp)(spec, encoder_weights)
-    head = getattr(network, "segmentation_head", None)
-    if head is not None:
-        with torch.no_grad():
-            # A residual that starts near zero: the first step improves the initial DSM rather
-            # than repairing what a random head did to it.
-            head[0].weight.mul_(0.1)
+    last = [m for m in network.modules() if isinstance(m, nn.Conv2d)][-1]
+    with torch.no_grad():
+        # A residual that starts near zero: the first step improves the initial DSM rather than
+        # repairing what a random head did to it.
+        last.weight.mul_(0.1)
     return network
 
 

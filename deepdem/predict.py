@@ -102,7 +102,7 @@ def ship(ref: ModelRef) -> None:
         return
     from deepdem._worker import Weights
 
-    client.register_plugin(Weights(ref.hash, _payloads[ref.hash]))
+    client.register_plugin(Weights(ref.hash, _payloads[ref.hash], remember))
     _shipped.add((client.id, ref.hash))
 
 

@@ -247,6 +247,7 @@ def refine(
         region=_Region(windows, shape),
         dtype=np.float32,
         name="refined",
+        reread=True,  # a network is a hundred times dearer than reading its layers
         common={
             "model": ref,
             "windows": windows,

@@ -19,7 +19,7 @@ from zarr.codecs import BloscCodec
 from zarr.errors import ZarrUserWarning
 
 from deepdem.grid import Bounds, crop_grid, grid_from, pixel_size_m, regrid
-from deepdem.layers import describe
+from deepdem.layers import LAYERS, describe
 from deepdem.sources.raster import RasterSource, geobox_of, open_layer
 
 __all__ = [
@@ -368,7 +368,10 @@ def _chunk_by_shard(ds: xr.Dataset) -> xr.Dataset:
 
 
 def _opened(ds: xr.Dataset) -> xr.Dataset:
-    out = ds.copy()
+    # Zarr lists arrays as the file system does.
+    known = [name for name in LAYERS if name in ds.data_vars]
+    rest = sorted(str(name) for name in ds.data_vars if name not in LAYERS)
+    out = ds[[*known, *rest]]
     for layer in out.data_vars.values():
         layer.attrs = {k: v for k, v in layer.attrs.items() if k != "_CRS"}
     out.attrs = {k: v for k, v in ds.attrs.items() if k != _COMPLETE}

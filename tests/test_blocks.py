@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepdem.blocks import Box, chunks_of, map_regions
+from deepdem.blocks import Box, chunks_of, map_regions, read_again
 
 
 def _halo(shape, halo):
@@ -111,3 +111,72 @@ def test_graph_of_a_huge_raster_is_small():
 @pytest.mark.parametrize("box", [Box(0, 0, 3, 5), Box(4, 2, 0, 1)])
 def test_empty_boxes(box):
     assert box.empty
+
+
+def test_read_again_gives_the_same_by_tasks_of_its_own():
+    """Also behind a slice, where dask.graph_manipulation.clone does not reach."""
+    reads: list[int] = []
+
+    def read(block):
+        reads.append(1)
+        return block
+
+    source = da.from_array(np.arange(100.0).reshape(10, 10), chunks=5)
+    array = source.map_blocks(read, meta=np.empty((0, 0)))[2:, 1:] + 1
+    again = read_again(array, seed="x")
+    assert again.name == read_again(array, seed="x").name != array.name
+    reads.clear()
+    (total,) = dask.compute((array - again).sum(), scheduler="sync")
+    assert total == 0
+    assert len(reads) == 8
+
+
+def test_slivers_of_a_sliced_raster_survive_every_optimisation():
+    """Dask fuses chains of tasks; a clone that keeps its old tasks breaks that."""
+    from dask.array.optimization import optimize
+
+    a = da.from_array(np.random.default_rng(0).random((60, 60)), chunks=20)[5:, 3:] * 2
+    lazy = map_regions(
+        _sum, [a, a + 1], chunks=chunks_of(a.shape, 15), region=_halo(a.shape, 4), dtype=float,
+        name="n", common={"factor": 1}, reread=True,
+    )  # fmt: skip
+    graph = optimize(lazy.dask, lazy.__dask_keys__())
+    import dask.array.core
+
+    again = dask.array.core.Array(graph, lazy.name, lazy.chunks, dtype=float)
+    np.testing.assert_allclose(again.compute(scheduler="sync"), (2 * a + 1).compute())
+    np.testing.assert_allclose(lazy.compute(scheduler="threads"), (2 * a + 1).compute())
+
+
+def test_memory_does_not_grow_with_the_width():
+    """With reread, blocks in memory at once depend on the chunk, not on the raster."""
+    import weakref
+
+    def most(n: int) -> int:
+        alive: set[int] = set()
+        peak = [0]
+
+        def make(block, block_id=None):
+            out = np.ones(block.shape)
+            alive.add(id(out))
+            weakref.finalize(out, alive.discard, id(out))
+            peak[0] = max(peak[0], len(alive))
+            return out
+
+        side = n * 32
+        a = da.zeros((side, side), chunks=32).map_blocks(make, meta=np.empty((0, 0)))
+        lazy = map_regions(
+            _sum, [a], chunks=chunks_of((side, side), 32), region=_halo((side, side), 2),
+            dtype=float, name="n", common={"factor": 1}, reread=True,
+        )  # fmt: skip
+        da.store(lazy, _Sink(), scheduler="sync", compute=True, lock=False)
+        return peak[0]
+
+    assert most(16) <= most(4) + 4
+
+
+class _Sink:
+    """A store that keeps nothing."""
+
+    def __setitem__(self, where, value):
+        pass

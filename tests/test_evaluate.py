@@ -10,14 +10,13 @@ import warnings
 import dask
 import dask.array as da
 import numpy as np
-import pyproj
 import pytest
 import xarray as xr
 from dask.callbacks import Callback
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepdem.evaluate import METRICS, Summary, evaluate, horn_gradient, pixel_size_m, slope
+from deepdem.evaluate import METRICS, Summary, evaluate, slope
 
 QUICK = settings(max_examples=25, deadline=None)
 
@@ -238,9 +237,9 @@ def test_every_chunk_is_read_once_and_nothing_is_mutated():
     xr.testing.assert_identical(refined, before_refined)
 
 
-@pytest.mark.parametrize(("by", "share"), [(None, 0.02), ("slope", 0.3)])
-def test_memory_is_a_few_chunks_and_not_the_raster(by, share):
-    """Of 16 x 16 chunks in each of three rasters: how many bytes lie in Dask's cache at most."""
+@pytest.mark.parametrize(("by", "chunks"), [(None, 4), ("slope", 9 * 16)])
+def test_memory_is_a_few_chunks_or_rows_of_chunks_and_not_the_rasters(by, chunks):
+    """Of 16 x 16 chunks in each of three rasters: how many lie in Dask's cache at most."""
 
     class Source:
         ndim, dtype = 2, np.dtype("float32")
@@ -262,13 +261,13 @@ def test_memory_is_a_few_chunks_and_not_the_raster(by, share):
 
     def measure(_key, _value, _dsk, state, _worker):
         nonlocal peak
-        arrays = {id(v): v for v in state["cache"].values() if isinstance(v, np.ndarray)}
-        peak = max(peak, sum(v.nbytes for v in arrays.values() if v.base is None))
+        arrays = [v for v in state["cache"].values() if isinstance(v, np.ndarray)]
+        owners = [v if v.base is None else v.base for v in arrays]  # a view keeps all of it alive
+        peak = max(peak, sum({id(v): v.nbytes for v in owners}.values()))
 
     with dask.config.set(scheduler="synchronous"), Callback(posttask=measure):
         evaluate(lazy[["lidar_dsm", "dsm"]], lazy["refined"], by=by)
-    one_raster = 512 * 512 * 4
-    assert peak < share * one_raster
+    assert peak <= chunks * 32 * 32 * 4
 
 
 def test_the_summary_of_a_chunk_is_small():
@@ -361,71 +360,3 @@ def test_attrs_are_json_safe():
         attrs = evaluate(ds, refined, by=by).attrs
         assert json.loads(json.dumps(attrs)) == attrs
         assert attrs["units"] == "m"
-
-
-# --- slope ---------------------------------------------------------------------------------------
-
-
-def plane(shape=(9, 11), *, dz_dy=0.3, dz_dx=-0.4, pixel=0.5, flip=False):
-    ds, _ = scene(shape, pixel=pixel)
-    z = (dz_dx * ds.x + dz_dy * ds.y).transpose("y", "x").astype("float64")
-    return z[::-1] if flip else z
-
-
-@pytest.mark.parametrize("flip", [False, True])
-@pytest.mark.parametrize("pixel", [0.5, 2.0])
-def test_slope_of_a_plane_is_exact_up_to_the_edge_and_beside_holes(pixel, flip):
-    z = plane(pixel=pixel, flip=flip).copy()
-    z[3, 4] = z[4, 4] = np.nan
-    z[0, 0] = np.nan
-    got = slope(z.chunk({"y": 4, "x": 5})).compute()
-    np.testing.assert_array_equal(got.isnull(), z.isnull())
-    assert float(abs(got - math.degrees(math.atan(0.5))).max()) < 1e-6
-
-
-def test_gradient_is_horns():
-    z = np.random.default_rng(0).normal(size=(3, 3))
-    (a, b, c), (d, _, f), (g, h, i) = z
-    gy, gx = horn_gradient(z, -2.0, 2.0)
-    assert gx[1, 1] == pytest.approx(((c + 2 * f + i) - (a + 2 * d + g)) / 16)
-    assert gy[1, 1] == pytest.approx(((a + 2 * b + c) - (g + 2 * h + i)) / 16)
-
-
-@QUICK
-@given(
-    shape=st.tuples(st.integers(2, 20), st.integers(2, 20)),
-    chunks=st.tuples(st.integers(1, 20), st.integers(1, 20)),
-    holes=st.sampled_from([0.0, 0.3]),
-)
-def test_slope_is_chunk_invariant(shape, chunks, holes):
-    z = scene(shape, holes=holes)[0]["lidar_dsm"]
-    want = slope(z).compute()
-    got = slope(z.chunk(dict(zip("yx", chunks, strict=True))))
-    assert isinstance(got.data, da.Array)
-    with dask.config.set(scheduler="synchronous"):
-        np.testing.assert_array_equal(got.to_numpy(), want.to_numpy())
-
-
-@pytest.mark.parametrize(
-    ("crs", "y", "x", "metres"),
-    [
-        ("EPSG:32610", 5_400_000.0, 500_000.0, 1 / 0.9996),
-        ("EPSG:32610+5703", 5_400_000.0, 500_000.0, 1 / 0.9996),
-        ("EPSG:3857", 6_274_861.39, -13_000_000.0, math.cos(math.radians(49))),
-        ("EPSG:2994", 700_000.0, 650_000.0, 0.3048),
-    ],
-)
-def test_pixels_are_measured_on_the_ground(crs, y, x, metres):
-    ref = xr.DataArray(0, attrs={"crs_wkt": pyproj.CRS(crs).to_wkt()})
-    z = xr.DataArray(
-        np.zeros((3, 3)), {"y": y - np.arange(3.0), "x": x + np.arange(3.0), "spatial_ref": ref},
-        ("y", "x"),
-    )  # fmt: skip
-    step_y, step_x = pixel_size_m(z)
-    assert step_y == pytest.approx(-metres, rel=5e-3)
-    assert step_x == pytest.approx(metres, rel=5e-3)
-
-
-def test_one_pixel_has_no_slope():
-    with pytest.raises(ValueError, match="at least 2 pixels"):
-        slope(scene((1, 5))[0]["dsm"])

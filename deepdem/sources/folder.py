@@ -45,7 +45,5 @@ def find_layers(folder: str | Path) -> dict[str, str]:
                 break
     found |= {s: str(f) for s, f in stems.items() if re.fullmatch(r"ortho_[1-9][0-9]*", s)}
     if "dsm" not in found:
-        raise ValueError(
-            f"{path} holds no initial DSM: name it dsm.tif (found: {sorted(stems)})"
-        )
+        raise ValueError(f"{path} holds no initial DSM: name it dsm.tif (found: {sorted(stems)})")
     return found

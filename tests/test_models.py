@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import json
+import math
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import LAYERS, fitted
+
+import deepdem
+from deepdem.models import ModelSpec, ResidualNet, build_network, read_model, weights_hash
+
+
+def _spec(**change):
+    spec = ModelSpec(
+        ("dsm", "ortho_left", "valid"), architecture="resdepth", chip_size=32, dsm_scale=4.0,
+        means={"ortho_left": 0.5}, stds={"ortho_left": 0.25},
+        options={"start_kernel": 4, "depth": 2},
+    )  # fmt: skip
+    return replace(spec, **change)
+
+
+def _batch(n=2, height=2000.0):
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=(n, 3, 32, 32)).astype(np.float32)
+    x[:, 0] = height + 3 * x[:, 0]
+    x[:, 1] = 0.5 + 0.2 * x[:, 1]
+    x[:, 2] = 1
+    return torch.from_numpy(x)
+
+
+def test_what_the_network_sees():
+    x = _batch()
+    x[0, 0, :4] = torch.nan
+    x[1, 1, 5, 5] = torch.nan
+    x[1, 2, 5, 5] = 0
+    before = x.clone()
+    z = ResidualNet(_spec()).standardise(x)
+    assert torch.equal(torch.nan_to_num(x), torch.nan_to_num(before))  # not changed
+    dsm = before[0, 0].double().numpy()
+    wanted = np.nan_to_num((dsm - np.nanmean(dsm)) / 4.0)
+    np.testing.assert_allclose(z[0, 0], wanted, atol=1e-5)
+    np.testing.assert_allclose(z[0, 1], (before[0, 1] - 0.5) / 0.25, atol=1e-5)
+    assert z[1, 1, 5, 5] == 0  # the mean
+    far = before.clone()
+    far[0, 1, 0, 0] = 1e6
+    assert ResidualNet(_spec()).standardise(far)[0, 1, 0, 0] == 10
+    assert z[1, 2, 5, 5] == 0
+    assert z[1, 2].sum() == 32 * 32 - 1
+    assert torch.isfinite(z).all()
+
+
+def test_an_empty_chip_and_a_high_plateau():
+    net = ResidualNet(_spec())
+    x = _batch()
+    x[0, 0] = torch.nan
+    assert (net.standardise(x)[0, 0] == 0).all()
+    low, high = (net.standardise(_batch(height=h)) for h in (0.0, 4000.0))
+    np.testing.assert_allclose(low, high, atol=2e-4)  # 4000 m in float32 have steps of 0.2 mm
+
+
+def test_heights_do_not_depend_on_their_level():
+    net = ResidualNet(_spec()).eval()
+    with torch.no_grad():
+        np.testing.assert_allclose(net(_batch(height=0.0)), net(_batch(height=1500.0)), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [({"layers": ("ortho_left",)}, "lack 'dsm'"), ({"layers": ("dsm", "dsm")}, "twice"),
+     ({"layers": ("dsm", "lidar_dsm")}, "hold the truth"),
+     ({"target": "ndvi"}, "wanted 'lidar_dsm'"),
+     ({"chip_size": 100}, "multiple of 32")],
+)  # fmt: skip
+def test_a_wrong_spec_is_refused(change, match):
+    with pytest.raises(ValueError, match=match):
+        _spec(**change)
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="encoder='resnet999'"):
+        build_network(_spec(architecture="unet", encoder="resnet999", options={}))
+    with pytest.raises(ValueError, match="has none"):
+        build_network(_spec(), "imagenet")
+
+
+@pytest.mark.parametrize("architecture", ["unet", "fpn", "deeplabv3plus"])
+def test_any_architecture_of_smp(architecture):
+    net = ResidualNet(_spec(architecture=architecture, chip_size=64, options={})).eval()
+    with torch.no_grad():
+        assert net(torch.zeros(1, 3, 64, 64)).shape == (1, 64, 64)
+
+
+def test_resdepth_has_resdepth_s_parameters():
+    """The published names and shapes: a checkpoint of ResDepth fits without renaming."""
+    net = build_network(
+        _spec(options={"start_kernel": 8, "depth": 4, "max_filter_depth": 64, "do_bn": True})
+    )
+    shapes = {name: tuple(value.shape) for name, value in net.state_dict().items()}
+    assert shapes["encoder.0.0.0.weight"] == (8, 3, 3, 3)
+    assert "encoder.0.0.0.bias" not in shapes
+    assert shapes["bottleneck.0.weight"] == (64, 64, 3, 3)
+    assert shapes["decoder.0.0.weight"] == (64, 64, 2, 2)
+    assert shapes["decoder.0.1.0.weight"] == (32, 64, 3, 3)
+    assert shapes["decoder.3.weight"] == (8, 8, 2, 2)
+    assert shapes["last_layer.weight"] == (1, 8, 3, 3)
+
+
+def test_resdepth_fits_its_checkpoint(data_folder):
+    state = torch.load(data_folder / "compat/Model_best.pth", weights_only=True)
+    net = build_network(
+        _spec(options={"start_kernel": 8, "depth": 4, "max_filter_depth": 64, "do_bn": True})
+    )
+    net.load_state_dict(state["model_state_dict"])
+
+
+# --- the model file -------------------------------------------------------------------------------
+
+
+def test_the_file_holds_all_that_refine_needs(tmp_path):
+    model = fitted()
+    model.net.spec = replace(model.spec, training={"scenes": ["a"], "validation": {"val_MAE": 1.0}})
+    path = tmp_path / "m.safetensors"
+    model.save(path)
+    again = deepdem.load_model(path)
+    assert replace(again.spec, training={}) == replace(model.spec, training={})
+    assert again.spec.training["scenes"] == ["a"]
+    assert again.spec.training["versions"]["torch"]
+    assert weights_hash(again.net) == weights_hash(model.net)
+    x = torch.randn(1, len(LAYERS), 64, 64)
+    with torch.no_grad():
+        np.testing.assert_array_equal(again(x), model(x))
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+    with safetensors.safe_open(path, "pt") as file:  # any safetensors reader sees it
+        assert json.loads(file.metadata()["deepdem"])["spec"]["layers"] == list(LAYERS)
+
+
+def test_an_untrained_model_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="no DSM scale"):
+        deepdem.DeepDEM(["dsm"], architecture="resdepth").save(tmp_path / "m.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_strangers_files_are_refused_and_nothing_runs(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (tmp_path.joinpath("ran").touch, ())
+
+    evil = tmp_path / "evil.safetensors"
+    evil.write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(ValueError, match="is no deepdem model file"):
+        read_model(evil)
+    assert not (tmp_path / "ran").exists()
+    other = tmp_path / "other.safetensors"
+    safetensors.torch.save_file({"a": torch.zeros(1)}, other)
+    with pytest.raises(ValueError, match="is no deepdem model file"):
+        read_model(other)
+    with pytest.raises(FileNotFoundError):
+        read_model(tmp_path / "none.safetensors")
+
+
+def _rewritten(path, change):
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    described = json.loads(header["__metadata__"]["deepdem"])
+    change(described)
+    header["__metadata__"]["deepdem"] = json.dumps(described)
+    packed = json.dumps(header).encode()
+    return len(packed).to_bytes(8, "little") + packed + content[8 + length :]
+
+
+def test_a_newer_or_broken_file_says_so(tmp_path):
+    path = tmp_path / "m.safetensors"
+    fitted().save(path)
+    with pytest.raises(ValueError, match="upgrade deepdem"):
+        read_model(_rewritten(path, lambda d: d.update(format=99)))
+    with pytest.raises(ValueError, match="do not fit its own description"):
+        read_model(_rewritten(path, lambda d: d["spec"].update(layers=["dsm"])))
+    with pytest.raises(ValueError, match=r"\['colour'\], which is not known"):
+        read_model(_rewritten(path, lambda d: d["spec"].update(colour=1)))
+
+
+def test_the_hash_is_of_what_changes_the_numbers():
+    one, two = fitted(), fitted()
+    assert weights_hash(one.net) == weights_hash(two.net)
+    two.net.spec = replace(two.spec, training={"scenes": ["b"]})
+    assert weights_hash(one.net) == weights_hash(two.net)
+    two.net.spec = replace(two.spec, dsm_scale=5.1)
+    assert weights_hash(one.net) != weights_hash(two.net)
+    assert math.isnan(deepdem.DeepDEM(["dsm"], architecture="resdepth").spec.dsm_scale)

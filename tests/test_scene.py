@@ -1,0 +1,362 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import rasterio
+import rioxarray
+import xarray as xr
+import zarr
+from odc.geo.geobox import GeoBox
+from odc.geo.xr import xr_coords
+from pyproj import Transformer
+from rasterio.transform import from_origin
+
+import deepdem
+from deepdem.grid import pixel_size_m
+from deepdem.scene import check_scene, geobox_of
+
+UTM = "EPSG:32631"
+
+
+def _write(path, array, *, crs=UTM, left=500_000, top=4_600_000, pixel=1.0, mask=None, **profile):
+    array = np.atleast_3d(array).transpose(2, 0, 1) if array.ndim == 2 else array
+    transform = profile.pop("transform", from_origin(left, top, pixel, pixel))
+    with (
+        rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True),
+        rasterio.open(
+            path, "w", driver="GTiff", height=array.shape[1], width=array.shape[2],
+            count=array.shape[0], dtype=array.dtype, crs=crs, transform=transform, **profile,
+        ) as file,
+    ):  # fmt: skip
+        file.write(array)
+        if mask is not None:
+            file.write_mask(mask)
+    return str(path)
+
+
+def _ramp(shape, dtype="float32"):
+    return np.arange(1, shape[0] * shape[1] + 1).reshape(shape).astype(dtype)
+
+
+def _surface(x, y):
+    return 100 + 0.2 * (x - 500_000) + 20 * np.sin(x / 40) * np.cos(y / 55)
+
+
+def _analytic(box: GeoBox, crs=UTM) -> np.ndarray:
+    coords = xr_coords(box, always_yx=True)
+    x, y = np.meshgrid(coords["x"].values, coords["y"].values)
+    return _surface(*Transformer.from_crs(box.crs, crs, always_xy=True).transform(x, y))
+
+
+@pytest.fixture(scope="module")
+def hilly() -> xr.DataArray:
+    box = GeoBox.from_bbox((500_000, 4_600_000, 500_900, 4_600_800), crs=UTM, resolution=1)
+    return xr.DataArray(
+        _analytic(box).astype("float32"), coords=xr_coords(box), dims=("y", "x"), name="dsm"
+    )
+
+
+# --- stack: nodata, grids, laziness ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "nodata"),
+    [("float32", -9999.0), ("int16", -32768), ("uint16", 0), ("float32", np.nan),
+     ("float64", -9999.0), ("int32", -2147483647), ("float32", -3.4028234663852886e38)],
+)  # fmt: skip
+def test_nodata_becomes_nan_whatever_it_is(tmp_path, dtype, nodata):
+    array = _ramp((20, 30), dtype)
+    array[5:8, 10:12] = nodata
+    ds = deepdem.stack({"dsm": _write(tmp_path / "a.tif", array, nodata=nodata)})
+    assert ds.dsm.dtype == np.float32
+    assert ds.dsm.isnull().sum() == 6
+    assert ds.dsm[5:8, 10:12].isnull().all()
+    assert ds.dsm[0, 0] == 1
+
+
+def test_a_mask_band_is_nodata(tmp_path):
+    mask = np.full((20, 30), 255, np.uint8)
+    mask[:4] = 0
+    ds = deepdem.stack({"dsm": _write(tmp_path / "a.tif", _ramp((20, 30)), mask=mask)})
+    assert ds.dsm[:4].isnull().all()
+    assert ds.dsm[4:].notnull().all()
+
+
+def test_scale_and_offset_of_the_file_are_applied(tmp_path):
+    path = _write(tmp_path / "a.tif", _ramp((5, 5), "int16"), nodata=-1)
+    with rasterio.open(path, "r+") as file:
+        file.scales, file.offsets = (0.5,), (10.0,)
+    assert deepdem.stack({"dsm": path}).dsm[0, :3].values.tolist() == [10.5, 11.0, 11.5]
+
+
+def test_only_headers_are_read(tmp_path, monkeypatch, no_compute):
+    paths = {
+        "dsm": _write(tmp_path / "a.tif", _ramp((200, 300)), nodata=-9999),
+        "ortho_left": _write(tmp_path / "b.tif", _ramp((90, 90), "uint16"), pixel=2.0, nodata=0),
+    }
+
+    def refuse(*_, **__):
+        raise AssertionError("pixels were read")
+
+    with monkeypatch.context() as patch, no_compute():
+        patch.setattr(rioxarray._io.RasterioArrayWrapper, "_getitem", refuse)
+        ds = deepdem.stack(paths, like="dsm")
+        ds.deepdem.prepare()
+    assert ds.sizes == {"y": 180, "x": 180}
+    assert ds.ortho_left.notnull().mean() > 0.99
+
+
+def test_files_arrays_crs_and_resolutions_mix(tmp_path, hilly):
+    box = geobox_of(hilly)
+    zone30 = GeoBox.from_bbox(box.footprint("EPSG:32630").boundingbox, crs="EPSG:32630",
+                              resolution=1)  # fmt: skip
+    other = xr.DataArray(
+        _analytic(zone30).astype("float32"), coords=xr_coords(zone30), dims=("y", "x")
+    )
+    file = tmp_path / "coarse.tif"
+    coarse = GeoBox.from_bbox((499_990, 4_599_990, 500_910, 4_600_810), crs=UTM, resolution=5)
+    _write(file, _analytic(coarse).astype("float32"), left=499_990, top=4_600_810, pixel=5)
+    ds = deepdem.stack({"dsm": hilly, "lidar_dsm": other, "other": file}, like="dsm")
+    assert ds.dsm.shape == hilly.shape
+    truth = _analytic(box)
+    inner = (slice(5, -5), slice(5, -5))
+    np.testing.assert_array_equal(ds.dsm, hilly)  # its own grid: copied
+    assert np.nanmax(np.abs(ds.lidar_dsm.values - truth)[inner]) < 0.01
+    assert np.nanmax(np.abs(ds.other.values - truth)[inner]) < 0.2  # 5 m pixels, 20 m waves
+
+
+@pytest.mark.parametrize("pixel", [0.7, 1.0, 2.0, 3.0])
+def test_reprojection_is_right_to_a_centimetre_and_ignores_chunks(hilly, pixel):
+    box = GeoBox.from_bbox((500_100.3, 4_600_100.3, 500_700, 4_600_600), crs=UTM,
+                           resolution=pixel, tight=True)  # fmt: skip
+    fine = deepdem.stack({"dsm": hilly.chunk(y=77, x=90)}, like=box, chunks=64).dsm
+    whole = deepdem.stack({"dsm": hilly}, like=box, chunks=4096).dsm
+    np.testing.assert_allclose(fine, whole, atol=1e-3)
+    # A pixel's mean of a wave differs from its centre's height; the bar is for the method.
+    assert float(np.abs(fine - _analytic(box)).max()) < 0.01 * max(1, pixel**2)
+
+
+def test_downsampling_averages(tmp_path):
+    board = np.indices((200, 200)).sum(0) % 2 * 100.0
+    path = _write(tmp_path / "a.tif", board.astype("float32"))
+    box = GeoBox.from_bbox((500_000, 4_599_800, 500_200, 4_600_000), crs=UTM, resolution=4)
+    ds = deepdem.stack({"dsm": path}, like=box)
+    np.testing.assert_allclose(ds.dsm[2:-2, 2:-2], 50, atol=1e-4)
+
+
+def test_a_known_corner_lands_on_the_known_pixel(tmp_path):
+    array = np.zeros((40, 40), np.float32)
+    array[10, 20] = 7
+    path = _write(tmp_path / "a.tif", array)
+    ds = deepdem.stack({"dsm": path}, bounds=(500_015, 4_599_985, 500_025, 4_599_995))
+    assert ds.dsm.shape == (10, 10)
+    assert float(ds.dsm.sel(x=500_020.5, y=4_599_989.5)) == 7
+    assert float(ds.dsm.sum()) == 7
+    assert ds.x[0] == 500_015.5
+    assert ds.y[0] == 4_599_994.5
+
+
+def test_bounds(tmp_path):
+    one = _write(tmp_path / "a.tif", _ramp((50, 50)))
+    two = _write(tmp_path / "b.tif", _ramp((50, 50)), left=500_030, top=4_600_010)
+    layers = {"dsm": one, "lidar_dsm": two}
+    both = deepdem.stack(layers)
+    assert dict(both.sizes) == {"y": 40, "x": 20}
+    assert both.to_array().notnull().all()
+    either = deepdem.stack(layers, bounds="union")
+    assert dict(either.sizes) == {"y": 60, "x": 80}
+    assert either.dsm.notnull().sum() == either.lidar_dsm.notnull().sum() == 2500
+    same = deepdem.stack({"dsm": one}, like=both)
+    xr.testing.assert_equal(same.dsm, both.dsm)
+    coarse = deepdem.stack({"dsm": one}, crs=UTM, resolution=5)
+    assert dict(coarse.sizes) == {"y": 10, "x": 10}
+
+
+def test_masks_are_bool_and_nearest(tmp_path):
+    mask = (np.indices((60, 60)).sum(0) > 50).astype(np.uint8)
+    ds = deepdem.stack(
+        {"dsm": _write(tmp_path / "a.tif", _ramp((30, 30)), pixel=2),
+         "valid": _write(tmp_path / "m.tif", mask)}
+    )  # fmt: skip
+    assert ds.valid.dtype == bool
+    assert ds.valid.shape == (30, 30)
+
+
+# --- stack: errors --------------------------------------------------------------------------------
+
+
+def test_errors_name_the_layer_and_the_cure(tmp_path):
+    good = _write(tmp_path / "good.tif", _ramp((20, 20)))
+    far = _write(tmp_path / "far.tif", _ramp((20, 20)), left=600_000)
+    nowhere = _write(tmp_path / "nocrs.tif", _ramp((20, 20)), crs=None)
+    flat = _write(tmp_path / "notransform.tif", _ramp((20, 20)), transform=None)
+    two = _write(tmp_path / "two.tif", np.zeros((2, 20, 20), np.float32))
+
+    def fails(match, error=ValueError, **layers):
+        with pytest.raises(error, match=match):
+            deepdem.stack({"dsm": good, **layers})
+
+    fails(r"'dsm' and 'lidar_dsm' do not overlap.*bounds='union'", lidar_dsm=far)
+    fails(r"'red' .*nocrs.tif.* has no coordinate reference system.*write", red=nowhere)
+    fails(r"'red' .*has no geotransform", red=flat)
+    fails(r"'red' .*has 2 bands.*\(path, band\)", red=two)
+    fails(r"bands 1 to 2, not 3", red=(two, 3))
+    fails(r"'red'.*missing.tif could not be opened", FileNotFoundError, red="missing.tif")
+    assert deepdem.stack({"dsm": good, "red": (two, 2)}).red.sum() == 0
+    with pytest.raises(ValueError, match="like='ortho_left' is no layer"):
+        deepdem.stack({"dsm": good}, like="ortho_left")
+    with pytest.raises(ValueError, match="not both"):
+        deepdem.stack({"dsm": good}, like="dsm", resolution=1)
+    with pytest.raises(ValueError, match="without a resolution"):
+        deepdem.stack({"dsm": good}, crs=UTM)
+    with pytest.raises(ValueError, match="no layer"):
+        deepdem.stack({})
+    with pytest.raises(ValueError, match="not known: pass one of average, bilinear"):
+        deepdem.stack({"dsm": good}, resampling={"dsm": "smooth"})
+    with pytest.raises(ValueError, match=r"\['typo'\], which are no layers"):
+        deepdem.stack({"dsm": good}, resampling={"typo": "nearest"})
+    with pytest.raises(ValueError, match="leave no whole pixel"):
+        deepdem.stack({"dsm": good}, like=deepdem.stack({"dsm": good}),
+                      bounds=(500_000, 4_599_999.9999, 500_000.0001, 4_600_000))  # fmt: skip
+
+
+def test_rotated_and_south_up_grids_are_refused_as_the_target(tmp_path):
+    from affine import Affine
+
+    turned = Affine.translation(500_000, 4_600_000) @ Affine.rotation(20) @ Affine.scale(1, -1)
+    path = _write(tmp_path / "r.tif", _ramp((20, 20)), transform=turned)
+    with pytest.raises(ValueError, match="rotated or not north-up"):
+        deepdem.stack({"dsm": path})
+    upside = _write(
+        tmp_path / "s.tif", _ramp((20, 20)), transform=Affine(1, 0, 500_000, 0, 1, 4_599_980)
+    )
+    good = _write(tmp_path / "g.tif", _ramp((20, 20)))
+    ds = deepdem.stack({"dsm": good, "red": upside})
+    np.testing.assert_allclose(ds.red, _ramp((20, 20))[::-1])
+
+
+def test_check_scene(scene):
+    with pytest.raises(ValueError, match=r"lacks the layers \['red_edge'\]"):
+        check_scene(scene, ["red_edge"])
+    with pytest.raises(ValueError, match="no CRS"):
+        check_scene(scene.drop_vars("spatial_ref"))
+    with pytest.raises(ValueError, match=r"has dims \('x', 'y'\), wanted"):
+        check_scene(scene.transpose("x", "y"), ["dsm"])
+    with pytest.raises(ValueError, match="no pixel"):
+        check_scene(scene.isel(x=slice(0, 0)))
+
+
+@pytest.mark.parametrize(
+    ("crs", "bounds", "resolution", "metres"),
+    [("EPSG:32631", (5e5, 4e6, 5.001e5, 4.0001e6), 1, 1.0),
+     ("EPSG:2994", (6e5, 8e5, 6.01e5, 8.01e5), 1, 0.3048),
+     ("EPSG:4326", (0, 60, 0.01, 60.01), 1e-5, (0.5580 + 1.1142) / 2)],
+)  # fmt: skip
+def test_pixel_size_is_in_metres_on_the_ground(crs, bounds, resolution, metres):
+    box = GeoBox.from_bbox(bounds, crs=crs, resolution=resolution)
+    assert pixel_size_m(box) == pytest.approx(metres, rel=2e-3)
+
+
+# --- Zarr -----------------------------------------------------------------------------------------
+
+
+def test_round_trip_keeps_values_crs_attrs_dtypes_and_nan(scene, tmp_path):
+    odd = scene.assign_attrs(name="a", number=np.float32(2), nested={"a": np.arange(2)})
+    odd.deepdem.to_zarr(tmp_path / "s.zarr", group="one")
+    back = deepdem.open_scene(tmp_path / "s.zarr", "one")
+    assert back.dsm.chunks is not None
+    for name, layer in scene.items():
+        np.testing.assert_array_equal(back[name], layer)
+        assert back[name].dtype == layer.dtype
+        assert back[name].attrs == layer.attrs
+    xr.testing.assert_equal(back.x, scene.x)
+    assert back.rio.crs == scene.rio.crs
+    assert back.rio.transform() == scene.rio.transform()
+    assert json.loads(json.dumps(back.attrs))["number"] == 2
+    xr.testing.assert_identical(
+        back.compute(), deepdem.open_scene(tmp_path / "s.zarr/one").compute()
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Failed to open Zarr store with consolidated")
+def test_plain_xarray_sees_the_crs(scene, tmp_path):
+    scene.deepdem.to_zarr(tmp_path / "s.zarr", group="one")
+    plain = xr.open_zarr(tmp_path / "s.zarr", group="one", decode_coords="all")
+    assert plain.rio.crs == plain.dsm.rio.crs == scene.rio.crs
+    assert plain.odc.geobox == scene.odc.geobox
+
+
+def test_layout_is_sharded_float32_zarr_3(scene, tmp_path):
+    scene.deepdem.to_zarr(tmp_path / "s.zarr")
+    array = zarr.open_array(tmp_path / "s.zarr", path="dsm")
+    assert array.metadata.zarr_format == 3
+    assert array.dtype == np.float32
+    assert (array.chunks, array.shards) == ((256, 256), (512, 512))
+    assert array.attrs["_CRS"]["wkt"].startswith("PROJCRS")
+    assert len(list((tmp_path / "s.zarr/dsm/c").rglob("*/*"))) == 1  # one shard, one file
+
+
+def test_a_finished_scene_is_safe_and_a_half_written_one_is_redone(scene, tmp_path, monkeypatch):
+    store = tmp_path / "s.zarr"
+    monkeypatch.setattr(
+        zarr, "consolidate_metadata", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    real = zarr.core.attributes.Attributes.__setitem__
+    monkeypatch.setattr(
+        zarr.core.attributes.Attributes, "__setitem__",
+        lambda *_: (_ for _ in ()).throw(KeyboardInterrupt),
+    )  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        scene.deepdem.to_zarr(store, group="a")
+    monkeypatch.undo()
+    assert zarr.core.attributes.Attributes.__setitem__ is real
+    with pytest.raises(ValueError, match="half-written"):
+        deepdem.open_scene(store, "a")
+    with pytest.raises(FileNotFoundError, match="no scene in"):
+        deepdem.open_scenes(store)
+    scene.deepdem.to_zarr(store, group="a")
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        scene.deepdem.to_zarr(store, group="a")
+    (scene + 1).assign_coords(scene.coords).deepdem.to_zarr(store, group="a", overwrite=True)
+    assert float(deepdem.open_scene(store, "a").dsm.max()) == float(scene.dsm.max() + 1)
+
+
+def test_many_scenes_are_a_tree(scene, tmp_path):
+    for name in ("b", "a"):
+        scene.deepdem.to_zarr(tmp_path / "s.zarr", group=name)
+    tree = deepdem.open_scenes(tmp_path / "s.zarr")
+    assert list(tree.children) == ["a", "b"]
+    xr.testing.assert_equal(tree["a"].to_dataset().dsm.compute(), scene.dsm)
+    with pytest.raises(FileNotFoundError, match=r"no scene 'c'.*groups are \['a', 'b'\]"):
+        deepdem.open_scene(tmp_path / "s.zarr", "c")
+    with pytest.raises(FileNotFoundError, match="pass group="):
+        deepdem.open_scene(tmp_path / "s.zarr")
+    with pytest.raises(FileNotFoundError, match="no Zarr store"):
+        deepdem.open_scene(tmp_path / "none.zarr")
+
+
+def test_a_store_in_memory(scene):
+    store = zarr.storage.MemoryStore()
+    scene.deepdem.to_zarr(store, group="m")
+    assert deepdem.open_scene(store, "m").dsm.equals(scene.dsm)
+
+
+# --- the real data --------------------------------------------------------------------------------
+
+
+def test_the_quarry_stacks(data_folder):
+    from deepdem.sources.folder import find_layers
+
+    layers = find_layers(data_folder / "stereo_marseille_quarry")
+    assert {"dsm", "ortho_1", "ortho_2", "ortho_3", "triangulation_error", "lidar_dsm"} == set(
+        layers
+    )
+    ds = deepdem.stack(layers).deepdem.prepare()
+    assert ds.dsm.shape == (1206, 1268)
+    assert pixel_size_m(geobox_of(ds)) == pytest.approx(0.5, rel=1e-3)
+    assert ds.dsm.attrs["vertical_reference"] == "metres above EGM96 geoid"
+    assert float(ds.dsm.notnull().mean()) == pytest.approx(0.65, abs=0.01)
+    error = (ds.dsm - ds.lidar_dsm).compute().median()
+    assert float(error) == pytest.approx(-2.37, abs=0.01)

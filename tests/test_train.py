@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import warnings
+from datetime import timedelta
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+import xarray as xr
+from conftest import LAYERS
+
+import deepdem
+from deepdem.data import augmented
+from deepdem.train import LOSSES, _warm_cosine
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers", "ignore:.*LeafSpec", "ignore:Checkpoint directory",
+    "ignore:.*number of training batches", "ignore:.*is zero",
+)  # fmt: skip
+
+
+def _model(**options):
+    torch.manual_seed(0)
+    return deepdem.DeepDEM(
+        LAYERS, architecture="resdepth", chip_size=32, options={"start_kernel": 8, "depth": 2},
+        learning_rate=5e-3, **options,
+    )  # fmt: skip
+
+
+def _trainer(**options):
+    defaults = {
+        "max_epochs": 2, "accelerator": "cpu", "logger": False, "enable_checkpointing": False,
+        "enable_progress_bar": False, "enable_model_summary": False,
+    }  # fmt: skip
+    return pl.Trainer(**{**defaults, **options})
+
+
+def _data(scene, **options):
+    return deepdem.ChipDataModule(scene, **{"chip_size": 32, "batch_size": 8, **options})
+
+
+def test_it_trains_with_nothing_else_given_and_learns(scene, tmp_path):
+    """Steps on half the scene take the error on the other half down, scale and all by itself."""
+    model, data = _model(), _data(scene, split="left 50 %")
+    _trainer(max_epochs=8).fit(model, data)
+    assert model.dsm_scale == pytest.approx(
+        scene.isel(x=slice(0, 130)).deepdem.dsm_scale(size=32), rel=1e-5
+    )
+    assert model.spec.pixel_size == pytest.approx(1.0, rel=1e-3)
+    assert model.spec.training["scenes"] == ["Synthetic landscape with a simulated stereo DSM"]
+    unseen = scene.isel(x=slice(170, None))
+    table = unseen.deepdem.evaluate(unseen.deepdem.refine(model.eval()))
+    assert table.loc["refined", "MAE"] < 0.9 * table.loc["dsm", "MAE"]
+    model.save(tmp_path / "m.safetensors")
+    again = unseen.deepdem.refine(tmp_path / "m.safetensors").compute()
+    np.testing.assert_array_equal(again, unseen.deepdem.refine(model).compute())
+    assert again.attrs["deepdem_target"] == "lidar_dsm"
+    validation = deepdem.load_model(tmp_path / "m.safetensors").spec.training["validation"]
+    assert set(validation) == {"val_MAE", "val_RMSE", "val_NMAD", "val_bias"}
+
+
+def test_the_same_seed_gives_the_same_chips_and_validation_is_never_changed(scene):
+    def chips(seed, epoch=0):
+        data = _data(scene, seed=seed, split="top 60 %", augment=("flip", "rotate"))
+        trainer = _trainer(max_epochs=1, limit_train_batches=1)
+        trainer.fit(_model(), data)
+        train, val = data.train_dataloader(), data.val_dataloader()
+        train.sampler.set_epoch(epoch)
+        return [b["layers"] for b in train], [b["layers"] for b in val]
+
+    one, val = chips(seed=1)
+    same, val_same = chips(seed=1)
+    other, val_other = chips(seed=2)
+    later, _ = chips(seed=1, epoch=1)
+    for a, b in zip(one, same, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not np.array_equal(one[0], other[0], equal_nan=True)
+    assert not np.array_equal(one[0], later[0], equal_nan=True)
+    for a, b, c in zip(val, val_same, val_other, strict=True):
+        np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(a, c)
+    assert val[0].shape[1:] == (5, 32, 32)
+
+
+def test_training_and_validation_never_share_a_pixel(scene):
+    marked = scene.copy(deep=True)
+    marked["dsm"] = marked.dsm * 0 + marked.x  # each chip says where it is
+    marked["ndvi"] = marked.ndvi * 0 + marked.y
+    data = _data(marked, split="left 60 %")
+    _trainer(max_epochs=1, limit_train_batches=1).fit(_model(), data)
+    edge = float(marked.x[156])
+    seen = torch.cat([b["layers"][:, 0] for b in data.train_dataloader()])
+    held = torch.cat([b["layers"][:, 0] for b in data.val_dataloader()])
+    assert np.nanmax(seen) < edge
+    assert np.nanmin(held) >= float(marked.x[156 + 32]) - 0.5
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_chips_from_memory_and_from_zarr_are_the_same(scene, tmp_path, cache):
+    scene.deepdem.to_zarr(tmp_path / "s.zarr")
+    data = _data(deepdem.open_scene(tmp_path / "s.zarr"), cache=cache, split="left 50 %")
+    _trainer(max_epochs=1, limit_train_batches=1).fit(_model(), data)
+    total = sum(float(torch.nan_to_num(b["layers"]).double().sum()) for b in data.val_dataloader())
+    reference = _data(scene, split="left 50 %")
+    _trainer(max_epochs=1, limit_train_batches=1).fit(_model(), reference)
+    wanted = sum(
+        float(torch.nan_to_num(b["layers"]).double().sum()) for b in reference.val_dataloader()
+    )
+    assert total == wanted
+
+
+def test_several_scenes_and_a_tree(scene):
+    tree = xr.DataTree.from_dict({"a": scene, "b": scene.isel(y=slice(0, 150))})
+    data = _data(tree)
+    _trainer(max_epochs=1, limit_train_batches=1).fit(_model(), data)
+    assert {i for i, *_ in data.train_chips.places} == {0, 1}
+
+
+def test_masked_pixels_do_not_count():
+    model = _model(dsm_scale=2.0)
+    from deepdem.data import Statistics
+
+    model.fit_statistics(
+        Statistics(9.0, 1.0, dict.fromkeys(LAYERS, 0.0), dict.fromkeys(LAYERS, 1.0), ("a",))
+    )
+    assert model.dsm_scale == 2.0  # the one that was given stays
+    x, target = torch.randn(2, 5, 32, 32), torch.randn(2, 32, 32)
+    target[:, :16] = torch.nan
+    x[:, 0, 16:20] = torch.nan
+    error, usable = model._error({"layers": x, "target": target})
+    assert usable.sum() == 2 * 12 * 32
+    assert (error[~usable] == 0).all()
+    model.log = lambda *_, **__: None
+    loss = model.training_step({"layers": x, "target": target}, 0)
+    assert torch.isfinite(loss)
+    nothing = model.training_step({"layers": x, "target": target * torch.nan}, 0)
+    assert nothing == 0
+    nothing.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_forward_gives_heights():
+    from conftest import fitted
+
+    model = fitted()
+    x = torch.randn(1, 5, 64, 64) + 100
+    x[0, 0, 3, 4] = torch.nan
+    with torch.no_grad():
+        heights = model(x)
+        np.testing.assert_allclose(heights, x[:, 0] + model.net(x))
+    assert torch.isnan(heights).sum() == 1
+
+
+def test_hyperparameters_are_plain_and_a_checkpoint_resumes(scene, tmp_path):
+    model, data = _model(), _data(scene)
+    trainer = _trainer(enable_checkpointing=True, default_root_dir=tmp_path, max_epochs=1)
+    trainer.fit(model, data)
+    path = tmp_path / "last.ckpt"
+    trainer.save_checkpoint(path)
+    torch.load(path, weights_only=True)  # no pickled class in it
+    again = deepdem.DeepDEM.load_from_checkpoint(path)
+    assert again.dsm_scale == model.dsm_scale
+    resumed = _trainer(max_epochs=2)
+    resumed.fit(_model(), _data(scene), ckpt_path=path)
+    assert resumed.current_epoch == 2
+
+
+def test_training_by_the_clock(scene):
+    trainer = _trainer(max_epochs=-1, max_time=timedelta(seconds=4))
+    model = _model()
+    trainer.fit(model, _data(scene))
+    assert trainer.global_step > 3
+    assert model._progress() == pytest.approx(1, abs=0.1)
+    assert trainer.optimizers[0].param_groups[0]["lr"] < 1e-3  # the schedule went by the clock
+
+
+def test_schedule():
+    values = [_warm_cosine(p) for p in np.linspace(0, 1, 101)]
+    assert values[0] < 0.05
+    assert max(values) == pytest.approx(1)
+    assert values[-1] == pytest.approx(0)
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_losses_are_zero_at_zero_and_grow(name):
+    error = torch.tensor([0.0, 0.1, 1.0])
+    loss = LOSSES[name](error)
+    assert loss[0] == 0
+    assert loss[0] < loss[1] < loss[2]
+
+
+def test_augmentation_turns_layers_and_target_alike():
+    ramp = torch.arange(64.0).reshape(1, 8, 8)
+    batch = {"layers": torch.stack([ramp, ramp + 100, ramp + 200], 1), "target": ramp}
+    layers = ("dsm", "ortho_left", "ortho_right")
+    seen = set()
+    for seed in range(60):
+        out = augmented(batch, layers, ("flip", "rotate", "swap"), np.random.default_rng(seed))
+        np.testing.assert_array_equal(out["layers"][:, 0], out["target"])
+        swapped = bool(out["layers"][0, 1].max() > 200)
+        seen.add((tuple(out["target"].flatten().tolist()), swapped))
+    assert len(seen) == 16  # the eight symmetries, swapped or not
+    assert torch.equal(batch["target"], ramp)
+
+
+def test_errors(scene):
+    with pytest.raises(ValueError, match="augment=\\['shear'\\]"):
+        _data(scene, augment=["shear"])
+    with pytest.raises(ValueError, match="not understood"):
+        _data(scene, split="half")
+    with pytest.raises(ValueError, match="no scene"):
+        _data([])
+    with pytest.raises(ValueError, match="loss='l3'"):
+        _model(loss="l3")
+    with pytest.raises(ValueError, match=r"lacks the layers \['lidar_dsm'\]"):
+        _trainer().fit(_model(), _data(scene.drop_vars("lidar_dsm")))
+    empty = scene.copy(deep=True)
+    empty.lidar_dsm[:] = np.nan
+    with pytest.raises(ValueError, match="no training chip"):
+        _trainer().fit(_model(), _data(empty))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loader = torch.utils.data.DataLoader([0])
+        with pytest.raises(ValueError, match="no data module to compute it from"):
+            _trainer().fit(_model(), loader)
