@@ -45,7 +45,7 @@ class DeepDEMDatasetAccessor:
 
         return dsm_scale(self._ds, **options)
 
-    def refine(self, model: Any, **options: Any) -> xr.DataArray:
+    def refine(self, model: Any, **options: Any) -> xr.DataArray | xr.Dataset:
         """Return the refined surface; see `deepdem.refine.refine`."""
         from deepdem.refine import refine
 

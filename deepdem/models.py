@@ -61,6 +61,8 @@ class ModelSpec:
         The pixel size of the training scenes in metres; NaN until training starts.
     means, stds
         Of each layer that is not a height or a mask, over the training scenes; by name.
+    uncertainty
+        Whether a second output channel predicts the scale of a Laplace distribution.
     options
         Further keywords of the architecture.
     training
@@ -76,6 +78,7 @@ class ModelSpec:
     pixel_size: float = math.nan
     means: Mapping[str, float] = field(default_factory=dict)
     stds: Mapping[str, float] = field(default_factory=dict)
+    uncertainty: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
 
@@ -103,6 +106,11 @@ class ModelSpec:
         return math.isfinite(self.dsm_scale) and all(n in self.stds for n in self.standardised)
 
     @property
+    def outputs(self) -> int:
+        """How many channels the network gives: the residual, and its scale if asked for."""
+        return 2 if self.uncertainty else 1
+
+    @property
     def standardised(self) -> tuple[str, ...]:
         """The layers that are standardised by a mean and a standard deviation."""
         return tuple(n for n in self.layers if describe(n).role not in ("height", "mask"))
@@ -117,7 +125,7 @@ def _smp(spec: ModelSpec, weights: str | None) -> nn.Module:
             encoder_name=spec.encoder,
             encoder_weights=weights,
             in_channels=len(spec.layers),
-            classes=1,
+            classes=spec.outputs,
             **spec.options,
         )
     except KeyError as error:
@@ -137,8 +145,8 @@ class ResDepthUNet(nn.Module):
 
     Parameters
     ----------
-    in_channels
-        How many layers it sees.
+    in_channels, out_channels
+        How many layers it sees, and how many channels it gives.
     start_kernel, max_filter_depth
         Filters of the first level; they double from level to level up to the most.
     depth
@@ -151,6 +159,7 @@ class ResDepthUNet(nn.Module):
     def __init__(
         self,
         in_channels: int,
+        out_channels: int = 1,
         *,
         start_kernel: int = 16,
         max_filter_depth: int = 512,
@@ -179,10 +188,10 @@ class ResDepthUNet(nn.Module):
             self.decoder.append(nn.Sequential(up, block(widths[level], widths[level - 1])))
             below = widths[level - 1]
         self.decoder.append(nn.ConvTranspose2d(below, widths[0], 2, stride=2))
-        self.last_layer = nn.Conv2d(widths[0], 1, 3, padding=1)
+        self.last_layer = nn.Conv2d(widths[0], out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (n, 1, y, x) of (n, layer, y, x)."""
+        """Return (n, output, y, x) of (n, layer, y, x)."""
         kept = []
         for level in self.encoder:
             assert isinstance(level, nn.Sequential)
@@ -202,7 +211,7 @@ class ResDepthUNet(nn.Module):
 def _resdepth(spec: ModelSpec, weights: str | None) -> nn.Module:
     if weights is not None:
         raise ValueError(f"encoder_weights={weights!r}: architecture 'resdepth' has none")
-    return ResDepthUNet(len(spec.layers), **spec.options)
+    return ResDepthUNet(len(spec.layers), spec.outputs, **spec.options)
 
 
 #: Architectures by name: a function of the spec and the name of the encoder's weights. What is
@@ -214,7 +223,7 @@ ARCHITECTURES: dict[str, Callable[[ModelSpec, str | None], nn.Module]] = {
 
 
 def build_network(spec: ModelSpec, encoder_weights: str | None = None) -> nn.Module:
-    """Return the bare network: (n, layer, y, x) standardised float32 to (n, 1, y, x).
+    """Return the bare network: (n, layer, y, x) standardised float32 to (n, output, y, x).
 
     Raises
     ------
@@ -270,6 +279,31 @@ class ResidualNet(nn.Module):
             z[:, self._others] = ((x[:, self._others] - mean) / std).clamp(-_CLIP, _CLIP)
         return torch.nan_to_num_(z, nan=0.0, posinf=0.0, neginf=0.0)
 
+    def moments(self, x: Tensor, *, bf16: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Return the residual and, if the network predicts it, the Laplace scale; metres, float32.
+
+        Parameters
+        ----------
+        x
+            (n, layer, y, x) raw layers in the order of ``spec.layers``, NaN for no data.
+        bf16
+            Whether convolutions run in bfloat16. Centring and scaling never do.
+
+        Returns
+        -------
+        tuple of Tensor
+            Refined minus initial, (n, y, x); the scale b of its distribution, (n, y, x), or None.
+        """
+        z = self.standardise(x)
+        with torch.autocast(z.device.type, dtype=torch.bfloat16, enabled=bf16):
+            out = self.network(z)
+        out = out.float()
+        residual: Tensor = out[:, 0] * self.spec.dsm_scale
+        if not self.spec.uncertainty:
+            return residual, None
+        # Between e^-7 and e^2 of the DSM scale: a centimetre to a hundred metres for one of 10 m.
+        return residual, torch.exp(out[:, 1].clamp(-7, 2)) * self.spec.dsm_scale
+
     def forward(self, x: Tensor) -> Tensor:
         """Return the residual, refined minus initial, metres: (n, layer, y, x) to (n, y, x).
 
@@ -278,8 +312,7 @@ class ResidualNet(nn.Module):
         x
             Raw layers in the order of ``spec.layers``, float32, NaN for no data.
         """
-        residual: Tensor = self.network(self.standardise(x))[:, 0].float() * self.spec.dsm_scale
-        return residual
+        return self.moments(x)[0]
 
 
 def weights_hash(net: ResidualNet) -> str:

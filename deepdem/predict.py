@@ -11,15 +11,17 @@ import contextlib
 import logging
 import sys
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from deepdem.models import ModelSpec, ResidualNet, read_model, serialise, weights_hash
 
-__all__ = ["ModelRef", "predict", "resolve_device", "ship"]
+__all__ = ["ModelRef", "Prediction", "bf16_is_fast", "predict", "resolve_device", "ship"]
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +121,15 @@ def resolve_device(device: str) -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def bf16_is_fast(device: str) -> bool:
+    """Return whether `device` has instructions for bfloat16, without which it is slower."""
+    here = resolve_device(device)
+    if here == "cpu":
+        supported = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(bool(getattr(torch.cpu, name, bool)()) for name in supported)
+    return here.startswith("cuda") and torch.cuda.get_device_capability(here)[0] >= 8
+
+
 def _worker_number() -> int:
     """Return this worker's number on its cluster; 0 outside of one, or where it has no number."""
     if "distributed" not in sys.modules:
@@ -163,44 +174,125 @@ class _Threads:
 threads = _Threads()
 
 
-@torch.inference_mode()
-def predict(net: ResidualNet, batch: Tensor, *, device: str, bf16: bool) -> Tensor:
-    """Return the residual of a batch of windows, metres, float32, on the CPU.
+@dataclass(frozen=True)
+class Prediction:
+    """How a batch is predicted, besides by which networks.
 
-    Parameters
+    Attributes
     ----------
-    net
-        On `device`, in evaluation mode.
-    batch
-        (n, layer, y, x) raw layers, NaN for no data, on the CPU.
     device
         A torch device.
     bf16
-        Whether convolutions run in bfloat16. Centring, scaling and heights never do.
+        Whether convolutions run in bfloat16.
+    tta
+        Whether each window is seen in its eight symmetries.
+    swap
+        Where the left and the right image are among the layers, if a window is to be seen with
+        the two swapped as well.
+    """
+
+    device: str = "cpu"
+    bf16: bool = False
+    tta: bool = False
+    swap: tuple[int, int] | None = None
+
+
+@torch.inference_mode()
+def predict(
+    nets: Sequence[ResidualNet], batch: Tensor, how: Prediction
+) -> tuple[Tensor, Tensor | None]:
+    """Return the residual of a batch of windows and its variance, metres, float32, on the CPU.
+
+    Parameters
+    ----------
+    nets
+        On the device, in evaluation mode; more than one is an ensemble of equal weights.
+    batch
+        (n, layer, y, x) raw layers, NaN for no data, on the CPU.
+    how
+        Device, precision, symmetries.
+
+    Returns
+    -------
+    tuple of Tensor
+        Mean residual (n, y, x), metres; variance (n, y, x), square metres, or None where there is
+        one network that predicts no scale, seen once. The members (networks and symmetries) are
+        a mixture: its variance is the mean of their variances (2 b^2 of a Laplace
+        distribution of scale b) plus the variance of their means (law of total variance, as in
+        Lakshminarayanan et al., 2017, section 2.4).
 
     Notes
     -----
     A batch that does not fit a CUDA card's memory is halved and tried again; any other error is
     raised.
     """
-    if device == "cpu":
+    if how.device == "cpu":
         threads.share()
-        return _forward(net, batch, device, bf16)
+        return _mixture(nets, batch, how)
     try:
-        return _forward(net, batch.to(device, non_blocking=True), device, bf16).cpu()
+        mean, variance = _mixture(nets, batch.to(how.device, non_blocking=True), how)
+        return mean.cpu(), None if variance is None else variance.cpu()
     except torch.cuda.OutOfMemoryError:
         if len(batch) == 1:
             raise
-        log.warning("a batch of %d windows does not fit %s: halving it", len(batch), device)
+        log.warning("a batch of %d windows does not fit %s: halving it", len(batch), how.device)
     torch.cuda.empty_cache()
     half = len(batch) // 2
-    parts = (batch[:half], batch[half:])
-    return torch.cat([predict(net, part, device=device, bf16=bf16) for part in parts])
+    parts = [predict(nets, part, how) for part in (batch[:half], batch[half:])]
+    variances = [variance for _, variance in parts if variance is not None]
+    return torch.cat([mean for mean, _ in parts]), torch.cat(variances) if variances else None
 
 
-def _forward(net: ResidualNet, batch: Tensor, device: str, bf16: bool) -> Tensor:
-    z = net.standardise(batch)
-    with torch.autocast(device.split(":")[0], dtype=torch.bfloat16, enabled=bf16):
-        out = net.network(z)
-    residual: Tensor = out[:, 0].float() * net.spec.dsm_scale
-    return residual
+def _mixture(
+    nets: Sequence[ResidualNet], batch: Tensor, how: Prediction
+) -> tuple[Tensor, Tensor | None]:
+    views = _views(how)
+    members = len(nets) * len(views)
+    scaled = any(net.spec.uncertainty for net in nets)
+    if members == 1 and not scaled:
+        return nets[0].moments(batch, bf16=how.bf16)[0], None
+    # Running mean and sum of squared deviations (Welford, 1962): no member is kept.
+    mean, spread = torch.zeros_like(batch[:, 0]), torch.zeros_like(batch[:, 0])
+    own = torch.zeros_like(batch[:, 0])
+    seen = 0
+    for net in nets:
+        for forth, back in views:
+            residual, scale = (
+                None if part is None else back(part)
+                for part in net.moments(forth(batch), bf16=how.bf16)
+            )
+            assert residual is not None
+            seen += 1
+            step = residual - mean
+            mean = mean + step / seen
+            spread = spread + step * (residual - mean)
+            if scale is not None:
+                own = own + 2 * scale.square()
+    return mean, (own + spread) / members
+
+
+View: TypeAlias = "tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]"
+
+
+def _views(how: Prediction) -> list[View]:
+    """Return ways to look at a batch, and to turn what was seen back: itself alone, or all."""
+    if not how.tta:
+        return [(lambda x: x, lambda y: y)]
+    views: list[View] = []
+    swaps = (False, True) if how.swap else (False,)
+    for turns, flip, swap in product(range(4), (False, True), swaps):
+
+        def forth(x: Tensor, turns: int = turns, flip: bool = flip, swap: bool = swap) -> Tensor:
+            if swap and how.swap:
+                order = list(range(x.shape[1]))
+                left, right = how.swap
+                order[left], order[right] = right, left
+                x = x[:, order]
+            return torch.rot90(torch.flip(x, (-1,)) if flip else x, turns, (-2, -1))
+
+        def back(y: Tensor, turns: int = turns, flip: bool = flip) -> Tensor:
+            y = torch.rot90(y, -turns, (-2, -1))
+            return torch.flip(y, (-1,)) if flip else y
+
+        views.append((forth, back))
+    return views

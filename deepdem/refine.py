@@ -7,8 +7,10 @@ alone, never on a chunk: that is why any chunking gives the same surface.
 
 from __future__ import annotations
 
+import hashlib
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any, TypeAlias
 
@@ -16,16 +18,24 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
+from rasterio.errors import NotGeoreferencedWarning
+from rasterio.fill import fillnodata
 
-from deepdem.blocks import Box, chunks_of, map_regions
+from deepdem.blocks import Box, Chunks, chunks_of, map_regions
 from deepdem.layers import describe
 from deepdem.scene import check_scene, dask_layer, pixel_size
 from deepdem.windows import Blend, Grid, blend_weights, overlap_px, window_grid
 
-__all__ = ["Windows", "refine", "refine_block"]
+__all__ = ["Job", "Windows", "refine", "refine_block"]
 
-#: Gives the residual (n, y, x) in metres of windows (n, layer, y, x) of raw layers.
-Predictor: TypeAlias = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+# Raised for windows, which have no place on the ground when their voids are filled.
+warnings.filterwarnings("ignore", category=NotGeoreferencedWarning, module="rasterio.fill")
+
+#: Gives of windows (n, layer, y, x) of raw layers the residual (n, y, x) in metres and its
+#: variance, or None for the latter.
+Predictor: TypeAlias = Callable[
+    [NDArray[np.float32]], tuple[NDArray[np.float32], NDArray[np.float32] | None]
+]
 
 
 @dataclass(frozen=True)
@@ -47,71 +57,157 @@ class Windows:
         return Box(y0, min(y1, shape[0]), x0, min(x1, shape[1]))
 
 
+@dataclass(frozen=True)
+class Job:
+    """What a block of the result is made of, besides the layers and the networks.
+
+    Attributes
+    ----------
+    windows
+        Their grid and weights.
+    layers
+        The layers' names, in the order of the arrays.
+    mask
+        The name of a further array, not seen by the network, of pixels that may be used.
+    batch_size
+        Windows in one call of the predictor.
+    fill_voids
+        Whether voids of the initial DSM are filled.
+    uncertainty
+        Whether a plane of standard deviations is made.
+    """
+
+    windows: Windows
+    layers: tuple[str, ...]
+    mask: str | None = None
+    batch_size: int = 8
+    fill_voids: bool = False
+    uncertainty: bool = False
+
+    @property
+    def planes(self) -> tuple[str, ...]:
+        """The names of what is made, in order."""
+        extra = (("refined_std", self.uncertainty), ("filled", self.fill_voids))
+        return ("refined", *(name for name, wanted in extra if wanted))
+
+    @property
+    def dsm(self) -> int:
+        """The index of the initial DSM among the arrays."""
+        return self.layers.index("dsm")
+
+    def usable(self, arrays: Sequence[NDArray[Any]]) -> NDArray[np.bool_]:
+        """Return where a result is wanted: where every layer, and the mask, has data.
+
+        With `fill_voids` also where the DSM is void, if all is there that does not itself come
+        of matching: the triangulation error is void where the DSM is, and so is ``valid``.
+        """
+        there = [np.isfinite(a) if a.dtype.kind == "f" else a.astype(bool) for a in arrays]
+        usable = np.logical_and.reduce(there)
+        if self.fill_voids:
+            names = [*self.layers, *([self.mask] if self.mask else [])]
+            of_matching = ("height", "error", "mask")
+            others = [t for n, t in zip(names, there, strict=True)
+                      if describe(n).role not in of_matching]  # fmt: skip
+            void = ~there[self.dsm]
+            usable |= np.logical_and.reduce([void, *others])
+        result: NDArray[np.bool_] = usable
+        return result
+
+
 def refine_block(
-    layers: Sequence[NDArray[Any]],
-    usable: NDArray[np.bool_],
-    predictor: Predictor,
-    windows: Windows,
-    *,
-    out: Box,
-    region: Box,
-    dsm: int,
-    batch_size: int,
+    arrays: Sequence[NDArray[Any]], predictor: Predictor, job: Job, *, out: Box, region: Box
 ) -> NDArray[np.float32]:
-    """Return the refined heights of one output box.
+    """Return the planes of one output box.
 
     Parameters
     ----------
-    layers
-        One array a layer, each of the region's shape, raw units, NaN for no data.
-    usable
-        Where a result is wanted, the region's shape. Windows without such a pixel in the output
-        box are not computed.
+    arrays
+        One a layer of the job, and the mask if it has one; each of the region's shape, raw
+        units, NaN for no data. They are not changed.
     predictor
-        Gives the residual of a batch of windows.
-    windows
-        Their grid and weights; `out` and `region` are pixels of the same scene.
-    dsm
-        The index of the initial DSM among the layers.
-    batch_size
-        Windows in one call of the predictor.
+        Gives the residual of a batch of windows, and its variance.
+    job
+        Windows, layers, what is wanted.
+    out, region
+        Pixels of the scene: what is made, and what the arrays cover.
 
     Returns
     -------
     ndarray
-        ``out.shape``, float32, metres: the initial DSM plus the weighted mean of the residuals;
-        NaN where `usable` is False.
+        (plane, *out.shape), float32. ``refined``, metres: the initial DSM plus the weighted mean
+        of the windows' residuals; NaN where no result is wanted. ``refined_std``, metres: the
+        windows are a mixture by their weights, so the variance is the weighted mean of their
+        variances plus the weighted variance of their residuals. ``filled``: 1 or 0.
     """
-    inside = out.within(region)
-    surface = np.where(usable[inside], layers[dsm][inside], np.nan).astype(np.float32)
+    windows, inside = job.windows, out.within(region)
+    wanted = job.usable(arrays)[inside]
+    layers = arrays[: len(job.layers)]
+    dsm = layers[job.dsm][inside].astype(np.float32)
+    void = wanted & ~np.isfinite(dsm)
+    whole = Box(0, out.shape[0], 0, out.shape[1])
     places = [
-        (int(y), int(x))
-        for y in windows.grid.y.starts(out.y0, out.y1)
-        for x in windows.grid.x.starts(out.x0, out.x1)
-        if usable[_overlap(int(y), int(x), windows.width, out).within(region)].any()
+        (y, x)
+        for y in windows.grid.y.starts(out.y0, out.y1).tolist()
+        for x in windows.grid.x.starts(out.x0, out.x1).tolist()
+        if _worth(y, x, wanted, layers[job.dsm], windows.width, out, region)
     ]
-    if not places:
-        return surface
     line = np.array(windows.weights, dtype=np.float32)
     weight = np.outer(line, line)
-    total = np.zeros(out.shape, dtype=np.float32)
-    norm = np.zeros(out.shape, dtype=np.float32)
-    for k in range(0, len(places), batch_size):
-        part = places[k : k + batch_size]
-        residuals = predictor(_batch(layers, part, windows.width, region))
-        for (y, x), residual in zip(part, residuals, strict=True):
-            box = _overlap(y, x, windows.width, out)
+    norm, mean, square = (np.zeros(whole.shape, dtype=np.float32) for _ in range(3))
+    for k in range(0, len(places), job.batch_size):
+        part = places[k : k + job.batch_size]
+        batch = _batch(layers, part, windows.width, region)
+        starts = _fill(batch[:, job.dsm]) if job.fill_voids else None
+        residuals, variances = predictor(batch)
+        for n, (y, x) in enumerate(part):
             window = Box(y, y + windows.width, x, x + windows.width)
+            box = window.intersect(out)
             there, here = box.within(out), box.within(window)
-            total[there] += residual[here] * weight[here]
-            norm[there] += weight[here]
-    # A pixel that is wanted has at least one window, so its norm is positive.
-    surface += np.divide(total, norm, out=total, where=norm > 0)
-    return surface
+            w, residual = weight[here], residuals[n][here]
+            if starts is not None:
+                # In a void each window has an initial DSM of its own, interpolated from what
+                # it sees: what it adds to zero, the void's value below, is its height.
+                residual = residual + np.where(void[there], starts[n][here], 0)
+            norm[there] += w
+            mean[there] += w * residual
+            if job.uncertainty:
+                assert variances is not None
+                square[there] += w * (variances[n][here] + residual * residual)
+    done = wanted & (norm > 0)
+    np.divide(mean, norm, out=mean, where=done)
+    planes = [np.where(done, np.where(void, 0, dsm) + mean, np.float32(np.nan))]
+    if job.uncertainty:
+        np.divide(square, norm, out=square, where=done)
+        spread = np.sqrt(np.maximum(square - mean * mean, 0))
+        planes.append(np.where(done, spread, np.float32(np.nan)))
+    if job.fill_voids:
+        planes.append((void & done).astype(np.float32))
+    return np.stack(planes).astype(np.float32, copy=False)
 
 
-def _overlap(y: int, x: int, width: int, out: Box) -> Box:
-    return Box(y, y + width, x, x + width).intersect(out)
+def _worth(
+    y: int, x: int, wanted: NDArray[np.bool_], dsm: NDArray[Any], width: int, out: Box, region: Box
+) -> bool:
+    """Return whether a window has a wanted pixel in the output box, and any height at all."""
+    window = Box(y, y + width, x, x + width)
+    if not wanted[window.intersect(out).within(out)].any():
+        return False
+    return bool(np.isfinite(dsm[window.intersect(region).within(region)]).any())
+
+
+def _fill(heights: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Fill the NaN of each window's heights in place, from the window alone; return the heights.
+
+    By inverse distance from the nearest pixels in eight directions (GDAL's FillNodata), over
+    heights above the window's lowest: at 2000 m a float32 would lose the decimetres.
+    """
+    for window in heights:
+        finite = np.isfinite(window)
+        if not finite.all() and finite.any():
+            low = window[finite].min()
+            above = np.where(finite, window - low, 0)
+            window[:] = low + fillnodata(above, finite, max_search_distance=2.0 * len(window))
+    return heights
 
 
 def _batch(
@@ -136,35 +232,35 @@ def _refine_chunk(
     *,
     out: Box,
     region: Box,
-    model: Any,
-    windows: Windows,
-    batch_size: int,
-    device: str,
-    bf16: bool,
-    mask: bool,
+    models: tuple[Any, ...],
+    job: Job,
+    how: Any,
 ) -> NDArray[np.float32]:
-    """Return one output chunk: find the network in this process and call the kernel."""
+    """Return one output chunk: find the networks in this process and call the kernel."""
     import torch
 
     from deepdem.predict import predict, resolve_device, threads
 
-    here = resolve_device(device)
-    net = model.net(here)
-    layers = arrays[:-1] if mask else arrays
-    usable = np.ones(region.shape, dtype=bool)
-    for layer in arrays:
-        usable &= np.isfinite(layer) if layer.dtype.kind == "f" else layer.astype(bool)
+    here = replace(how, device=resolve_device(how.device))
+    nets = [model.net(here.device) for model in models]
 
-    def predictor(batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        residual = predict(net, torch.from_numpy(batch), device=here, bf16=bf16)
-        array: NDArray[np.float32] = residual.numpy()
-        return array
+    def predictor(
+        batch: NDArray[np.float32],
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        mean, variance = predict(nets, torch.from_numpy(batch), here)
+        return mean.numpy(), None if variance is None else variance.numpy()
 
     with threads.task():
-        return refine_block(
-            layers, usable, predictor, windows, out=out, region=region,
-            dsm=net.spec.layers.index("dsm"), batch_size=batch_size,
-        )  # fmt: skip
+        return refine_block(arrays, predictor, job, out=out, region=region)
+
+
+def _input_hash(arrays: list[NDArray[Any]], *, out: Box, region: Box) -> NDArray[np.uint64]:
+    """Return a hash of the region's pixels, never 0, shape (1, 1)."""
+    digest = hashlib.blake2b(digest_size=8)
+    for array in arrays:
+        digest.update(str((array.dtype.str, array.shape)).encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return np.array([[int.from_bytes(digest.digest(), "little") or 1]], dtype=np.uint64)
 
 
 def refine(
@@ -176,20 +272,24 @@ def refine(
     batch_size: int | str = "auto",
     device: str = "auto",
     precision: str = "auto",
+    tta: bool = False,
+    uncertainty: bool = False,
+    fill_voids: bool = False,
     chunks: int | str = "auto",
-) -> xr.DataArray:
+) -> xr.DataArray | xr.Dataset:
     """Return the refined surface, lazy.
 
     Calling it reads no pixel. Each output chunk is computed by one task from its own pixels and
     a halo. Any chunking of the scene, scheduler, number of workers or batch size gives the same
-    surface to 1 mm.
+    surface to 1 mm (in float32).
 
     Parameters
     ----------
     ds
         The scene, with the model's layers.
     model
-        A `DeepDEM`, or the path or URL of a saved one.
+        A `DeepDEM`, the path or URL of a saved one, or a list of them: an ensemble, whose mean is
+        the result. Members must have the same layers, chip size and target.
     overlap
         Of neighbouring windows: a fraction of a window, or pixels.
     blend
@@ -200,8 +300,21 @@ def refine(
     device
         ``"auto"`` (CUDA, else MPS, else CPU), or a torch device.
     precision
-        ``"auto"`` and ``"float32"`` compute in float32, ``"bf16"`` convolves in bfloat16; heights
-        are float32 in any case.
+        ``"float32"``; ``"bf16"`` convolves in bfloat16; ``"auto"`` does so where the device has
+        instructions for it and where the model, on its own validation chips when it was
+        trained, stayed within 2 cm rms of float32. Heights are float32 in any case; ``attrs``
+        say which it is.
+    tta
+        Whether each window is seen in its eight symmetries (and, where the model was trained so,
+        with left and right image swapped) and the mean is taken: 8 (16) times the work. Worth
+        trying with models that were trained with flips and turns; others know one direction of
+        light and parallax only.
+    uncertainty
+        Whether the standard deviation is given too. It is that of a mixture of all that the
+        model offers: its own predicted scale, the members of an ensemble, the symmetries.
+    fill_voids
+        Whether the model also predicts where the initial DSM is void but the images are there,
+        from heights interpolated within each window. Filled pixels are marked.
     chunks
         The width of the result's chunks; ``"auto"``: about 2048 pixels, a multiple of the step
         from window to window. Windows that straddle two chunks are computed for both: with the
@@ -209,15 +322,17 @@ def refine(
 
     Returns
     -------
-    DataArray
-        Named ``refined``, (y, x), float32, metres, on the scene's own grid with its CRS; NaN
-        where a layer that the model needs, or ``valid`` if the scene has it, has no data.
+    DataArray or Dataset
+        ``refined``, (y, x), float32, metres, on the scene's own grid with its CRS; NaN
+        where a layer that the model needs, or ``valid`` if the scene has it, has no data. With
+        `uncertainty` or `fill_voids` a Dataset of it and ``refined_std`` (float32, metres) or
+        ``filled`` (bool).
 
     Raises
     ------
     ValueError
         A layer of the model is missing, the model was not trained, the scene's pixel size is off
-        by more than 1.5 times, or an option is not understood.
+        by more than 1.5 times, the model offers no uncertainty, or an option is not understood.
 
     Examples
     --------
@@ -226,39 +341,52 @@ def refine(
     """
     from deepdem.predict import ModelRef, ship
 
-    ref = ModelRef(_network(model))
-    ship(ref)
-    spec = ref.spec
+    refs = tuple(ModelRef(net) for net in _networks(model))
+    for ref in refs:
+        ship(ref)
+    spec = refs[0].spec
     box = check_scene(ds, spec.layers)
     _check_pixel_size(pixel_size(ds), spec.pixel_size)
+    offers = tta or len(refs) > 1 or any(ref.spec.uncertainty for ref in refs)
+    if uncertainty and not offers:
+        raise ValueError(
+            "the model offers no uncertainty: train it with uncertainty=True, pass a list of "
+            "models, or pass tta=True"
+        )
     shape = (box.shape.y, box.shape.x)
-    width = spec.chip_size
-    stride = width - overlap_px(overlap, width)
-    windows = Windows(
-        window_grid(shape, width, stride), tuple(map(float, blend_weights(blend, width)))
+    stride = spec.chip_size - overlap_px(overlap, spec.chip_size)
+    line = tuple(map(float, blend_weights(blend, spec.chip_size)))
+    job = Job(
+        windows=Windows(window_grid(shape, spec.chip_size, stride), line),
+        layers=spec.layers,
+        mask="valid" if "valid" in ds and "valid" not in spec.layers else None,
+        batch_size=_batch_size(batch_size, device),
+        fill_voids=fill_voids,
+        uncertainty=uncertainty,
     )
-    if precision not in ("auto", "float32", "bf16"):
-        raise ValueError(f"precision={precision!r}: pass 'auto', 'float32' or 'bf16'")
-    names = [*spec.layers, *(["valid"] if "valid" in ds and "valid" not in spec.layers else [])]
+    cut = chunks_of(shape, _chunk_px(chunks, shape, stride))
+    arrays = [dask_layer(ds, name) for name in (*job.layers, *([job.mask] if job.mask else []))]
+    how = _how([ref.spec for ref in refs], device, precision, tta=tta)
     data = map_regions(
         _refine_chunk,
-        [dask_layer(ds, name) for name in names],
-        chunks=chunks_of(shape, _chunk_px(chunks, shape, stride)),
-        region=_Region(windows, shape),
+        arrays,
+        chunks=cut,
+        region=_Region(job.windows, shape),
         dtype=np.float32,
         name="refined",
+        planes=len(job.planes),
         reread=True,  # a network is a hundred times dearer than reading its layers
-        common={
-            "model": ref,
-            "windows": windows,
-            "batch_size": _batch_size(batch_size, device),
-            "device": device,
-            "bf16": precision == "bf16",
-            "mask": len(names) > len(spec.layers),
-        },
+        common={"models": refs, "job": job, "how": how},
     )
-    return _result(ds, data, spec, blend=blend, overlap=width - stride, precision=precision,
-                   weights=ref.hash)  # fmt: skip
+    attrs = {
+        **_provenance(ds, spec),
+        "deepdem_weights": [ref.hash for ref in refs],
+        "deepdem_overlap_px": spec.chip_size - stride,
+        "deepdem_blend": blend if isinstance(blend, str) else repr(blend),
+        "deepdem_precision": "bf16" if how.bf16 else "float32",
+        "deepdem_tta": tta,
+    }
+    return _result(ds, data, job, attrs, _hashes(arrays, cut))
 
 
 @dataclass(frozen=True)
@@ -272,21 +400,31 @@ class _Region:
         return self.windows.region(out, self.shape)
 
 
-def _network(model: Any) -> Any:
+def _networks(model: Any) -> list[Any]:
+    """Return the networks that are meant, checked against each other."""
     from deepdem.models import ResidualNet, read_model
 
-    net = read_model(model) if isinstance(model, str | PathLike) else getattr(model, "net", model)
-    if not isinstance(net, ResidualNet):
-        raise ValueError(
-            f"model={type(model).__name__} is no model: pass a DeepDEM, or the path or URL of a "
-            "saved one"
-        )
-    if not net.spec.is_fitted:
-        raise ValueError(
-            "the model has no DSM scale or lacks the layers' statistics: train it first, "
-            "trainer.fit(model, deepdem.ChipDataModule(...))"
-        )
-    return net
+    nets = []
+    for one in model if isinstance(model, list | tuple) else [model]:
+        net = read_model(one) if isinstance(one, str | PathLike) else getattr(one, "net", one)
+        if not isinstance(net, ResidualNet):
+            raise ValueError(
+                f"model={type(one).__name__} is no model: pass a DeepDEM, or the path or URL of a "
+                "saved one"
+            )
+        if not net.spec.is_fitted:
+            raise ValueError(
+                "the model has no DSM scale or lacks the layers' statistics: train it first, "
+                "trainer.fit(model, deepdem.ChipDataModule(...))"
+            )
+        nets.append(net)
+    if not nets:
+        raise ValueError("model=[] is an ensemble without a member: pass at least one model")
+    for name in ("layers", "chip_size", "target"):
+        values = {getattr(net.spec, name) for net in nets}
+        if len(values) > 1:
+            raise ValueError(f"the members of the ensemble differ in their {name}: {values}")
+    return nets
 
 
 def _check_pixel_size(scene_m: float, model_m: float) -> None:
@@ -317,28 +455,65 @@ def _batch_size(batch_size: int | str, device: str) -> int:
     return batch_size
 
 
-def _result(
-    ds: xr.Dataset, data: da.Array, spec: Any, *, blend: Any, overlap: int, precision: str,
-    weights: str,
-) -> xr.DataArray:  # fmt: skip
+def _how(specs: Sequence[Any], device: str, precision: str, *, tta: bool) -> Any:
+    """Return how batches are predicted; which precision ``"auto"`` is, is decided here for all."""
+    from deepdem.predict import Prediction, bf16_is_fast
+
+    if precision not in ("auto", "float32", "bf16"):
+        raise ValueError(f"precision={precision!r}: pass 'auto', 'float32' or 'bf16'")
+    bf16 = precision == "bf16"
+    if precision == "auto" and bf16_is_fast(device):
+        known = [spec.training.get("bf16_rms_m", np.inf) for spec in specs]
+        bf16 = max(known) <= 0.02
+    swapped = all("swap" in spec.training.get("augment", ()) for spec in specs)
+    layers = specs[0].layers
+    pair = ("ortho_left", "ortho_right")
+    swap = (layers.index(pair[0]), layers.index(pair[1])) if set(pair) <= set(layers) else None
+    return Prediction(device=device, bf16=bf16, tta=tta, swap=swap if swapped else None)
+
+
+def _hashes(arrays: Sequence[da.Array], cut: Chunks) -> da.Array:
+    """Return a lazy array with the hash of each output chunk's own inputs, for `deepdem.write`."""
+    edges = [np.cumsum((0, *sizes)).tolist() for sizes in cut]
+
+    def own(out: Box) -> Box:
+        return Box(edges[0][out.y0], edges[0][out.y1], edges[1][out.x0], edges[1][out.x1])
+
+    return map_regions(
+        _input_hash, arrays, chunks=chunks_of((len(cut[0]), len(cut[1])), 1), region=own,
+        dtype=np.uint64, name="input-hash",
+    )  # fmt: skip
+
+
+def _provenance(ds: xr.Dataset, spec: Any) -> dict[str, Any]:
     from deepdem import __version__
 
-    out = xr.DataArray(
-        data, coords={name: ds.coords[name] for name in ("y", "x", "spatial_ref")
-                      if name in ds.coords}, dims=("y", "x"), name="refined",
-    )  # fmt: skip
-    out.attrs = {
-        "long_name": f"refined surface ({describe(spec.target).long_name} estimated)",
-        "units": "m",
+    vertical = ds["dsm"].attrs.get("vertical_reference")
+    return {
         "deepdem_version": __version__,
         "deepdem_target": spec.target,
-        "deepdem_weights": weights,
         "deepdem_window_px": spec.chip_size,
-        "deepdem_overlap_px": overlap,
-        "deepdem_blend": blend if isinstance(blend, str) else repr(blend),
-        "deepdem_precision": precision,
+        **({"vertical_reference": vertical} if vertical else {}),
     }
-    if vertical := ds["dsm"].attrs.get("vertical_reference"):
-        out.attrs["vertical_reference"] = vertical
-    out.encoding = {"grid_mapping": "spatial_ref"}
-    return out
+
+
+def _result(
+    ds: xr.Dataset, data: da.Array, job: Job, attrs: dict[str, Any], hashes: da.Array
+) -> xr.DataArray | xr.Dataset:
+    coords = {n: ds.coords[n] for n in ("y", "x", "spatial_ref") if n in ds.coords}
+    target = describe(attrs["deepdem_target"]).long_name
+    words = {
+        "refined": {"long_name": f"refined surface ({target} estimated)", "units": "m"},
+        "refined_std": {"long_name": "standard deviation of the refined surface", "units": "m"},
+        "filled": {"long_name": "void of the initial DSM, filled", "units": "1"},
+    }
+    planes = {}
+    for n, name in enumerate(job.planes):
+        plane = data[n] if name != "filled" else data[n].astype(bool)
+        array = xr.DataArray(plane, coords=coords, dims=("y", "x"), name=name)
+        array.attrs = {**words[name], **attrs}
+        array.encoding = {"grid_mapping": "spatial_ref"}
+        planes[name] = array
+    # Not written anywhere: what `deepdem.write` needs to know whether inputs have changed.
+    planes["refined"].encoding["deepdem_inputs"] = hashes
+    return planes["refined"] if len(planes) == 1 else xr.Dataset(planes)

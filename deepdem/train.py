@@ -54,6 +54,10 @@ class DeepDEM(pl.LightningModule):
         The width of chips and inference windows, a multiple of 32.
     dsm_scale
         Metres; None: computed from the training scenes when training starts.
+    uncertainty
+        Whether the network also predicts the scale b of a Laplace distribution of its error. It
+        is then trained on that distribution's negative log-likelihood, |e| / b + log 2b (Kendall
+        and Gal, 2017, equation 8, for the L1 norm), and `loss` is not used.
     loss
         A name from `LOSSES`; pixels without DSM or truth do not count.
     learning_rate, weight_decay
@@ -85,6 +89,7 @@ class DeepDEM(pl.LightningModule):
         encoder_weights: str | None = None,
         chip_size: int = 256,
         dsm_scale: float | None = None,
+        uncertainty: bool = False,
         loss: str = "l1",
         learning_rate: float = 1e-3,
         weight_decay: float = 1e-2,
@@ -97,13 +102,15 @@ class DeepDEM(pl.LightningModule):
             {
                 "layers": list(layers), "target": target, "architecture": architecture,
                 "encoder": encoder, "encoder_weights": None, "chip_size": chip_size,
-                "dsm_scale": dsm_scale, "loss": loss, "learning_rate": learning_rate,
+                "dsm_scale": dsm_scale, "uncertainty": uncertainty, "loss": loss,
+                "learning_rate": learning_rate,
                 "weight_decay": weight_decay, "options": dict(options or {}),
             }
         )  # fmt: skip
         spec = ModelSpec(
             tuple(layers), target, architecture, encoder, chip_size,
-            math.nan if dsm_scale is None else float(dsm_scale), options=dict(options or {}),
+            math.nan if dsm_scale is None else float(dsm_scale), uncertainty=uncertainty,
+            options=dict(options or {}),
         )  # fmt: skip
         self.net = ResidualNet(spec, build_network(spec, encoder_weights))
         # Convolutions on the CPU and on tensor cores are faster in this layout.
@@ -163,20 +170,29 @@ class DeepDEM(pl.LightningModule):
         )
         log.info("DSM scale %.3f m at %d px", self.net.spec.dsm_scale, spec.chip_size)
 
-    def _error(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the error in metres, 0 where DSM or truth are missing, and where they are not."""
+    def _error(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return error and scale in metres, and between them where DSM and truth are there.
+
+        The error is 0 where they are not.
+        """
         x, target = batch["layers"], batch["target"]
         dsm = x[:, self.spec.layers.index("dsm")]
         # Difference of heights first: residuals are small numbers, heights are not.
         wanted = target - dsm
         usable = torch.isfinite(wanted)
-        return torch.where(usable, self.net(x) - torch.nan_to_num(wanted), 0.0), usable
+        residual, scale = self.net.moments(x)
+        return torch.where(usable, residual - torch.nan_to_num(wanted), 0.0), usable, scale
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the masked loss; a batch without a valid pixel gives zero, never NaN."""
-        error, usable = self._error(batch)
+        error, usable, scale = self._error(batch)
         count = usable.sum().clamp(min=1)
-        loss = LOSSES[self.hparams["loss"]](error / self.spec.dsm_scale).sum() / count
+        unit = self.spec.dsm_scale
+        if scale is None:
+            pixels = LOSSES[self.hparams["loss"]](error / unit)
+        else:
+            pixels = torch.where(usable, error.abs() / scale + torch.log(2 * scale / unit), 0.0)
+        loss = pixels.sum() / count
         metres = error.detach().abs().sum() / count
         self.log("train_loss", loss)
         self.log("train_MAE", metres, prog_bar=True, batch_size=len(usable))
@@ -188,7 +204,7 @@ class DeepDEM(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Collect the errors in metres."""
-        error, usable = self._error(batch)
+        error, usable, _ = self._error(batch)
         self._errors.append(error[usable].float().cpu())
 
     def on_validation_epoch_end(self) -> None:
@@ -210,6 +226,28 @@ class DeepDEM(pl.LightningModule):
             validation = {name: float(value) for name, value in metrics.items()}
             training = {**self.spec.training, "validation": validation}
             self.net.spec = replace(self.spec, training=training)
+
+    def on_train_end(self) -> None:
+        """Note by how much bfloat16 changes the heights, and how chips were changed.
+
+        `refine` goes by it: it reads no pixel before it decides on a precision.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        loader = data.val_dataloader() if data is not None else []
+        batch = next(iter(loader), None) or next(iter(self.trainer.train_dataloader or []), None)
+        if batch is None:
+            return
+        x = batch["layers"][:8].to(self.device)
+        training = self.training
+        self.eval()
+        with torch.inference_mode():
+            exact, _ = self.net.moments(x)
+            rough, _ = self.net.moments(x, bf16=True)
+        self.train(training)
+        rms = float((rough - exact).square().mean().sqrt())
+        augment = list(getattr(data, "augment", ()))
+        noted = {**self.spec.training, "bf16_rms_m": rms, "augment": augment}
+        self.net.spec = replace(self.spec, training=noted)
 
     def configure_optimizers(self) -> Any:
         """Return AdamW with a warm-up and a cosine to zero."""
@@ -284,7 +322,8 @@ def load_model(path: str | PathLike[str]) -> DeepDEM:
     spec = net.spec
     model = DeepDEM(
         spec.layers, spec.target, architecture=spec.architecture, encoder=spec.encoder,
-        chip_size=spec.chip_size, dsm_scale=spec.dsm_scale, options=spec.options,
+        chip_size=spec.chip_size, dsm_scale=spec.dsm_scale, uncertainty=spec.uncertainty,
+        options=spec.options,
     )  # fmt: skip
     model.net.spec = spec
     model.net.load_state_dict(net.state_dict())

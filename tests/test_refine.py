@@ -13,7 +13,7 @@ from strategies import cuts, holey
 
 import deepdem
 from deepdem.blocks import Box, chunks_of, map_regions
-from deepdem.refine import Windows, refine, refine_block
+from deepdem.refine import Job, Windows, refine, refine_block
 from deepdem.windows import blend_weights, window_grid
 
 
@@ -57,11 +57,10 @@ def _blocked(dsm: np.ndarray, cut) -> np.ndarray:
         tuple(map(float, blend_weights(cut.blend, cut.window_px))),
     )
 
+    job = Job(windows, ("dsm",), batch_size=cut.batch)
+
     def kernel(arrays, *, out, region):
-        return refine_block(
-            arrays, np.isfinite(arrays[0]), _fake, windows, out=out, region=region, dsm=0,
-            batch_size=cut.batch,
-        )  # fmt: skip
+        return refine_block(arrays, lambda b: (_fake(b), None), job, out=out, region=region)[0]
 
     lazy = map_regions(
         kernel, [da.from_array(dsm, chunks=cut.chunks)], chunks=chunks_of(cut.shape, cut.out_px),
@@ -85,9 +84,9 @@ def test_a_constant_residual_comes_out_constant(cut, value):
         tuple(map(float, blend_weights(cut.blend, cut.window_px))),
     )
     whole = Box(0, cut.shape[0], 0, cut.shape[1])
-    out = refine_block(
-        [dsm], np.isfinite(dsm), lambda b: np.full(b[:, 0].shape, value, np.float32), windows,
-        out=whole, region=windows.region(whole, cut.shape), dsm=0, batch_size=3,
+    (out,) = refine_block(
+        [dsm], lambda b: (np.full(b[:, 0].shape, value, np.float32), None),
+        Job(windows, ("dsm",), batch_size=3), out=whole, region=windows.region(whole, cut.shape),
     )  # fmt: skip
     np.testing.assert_allclose(out, dsm + np.float32(value), atol=1e-5, equal_nan=True)
 
@@ -101,10 +100,10 @@ def test_seams_are_gone_with_hann_and_there_without():
             window_grid((200, 400), 64, 32), tuple(map(float, blend_weights(blend, 64)))
         )
         whole = Box(0, 200, 0, 400)
-        out = refine_block(
-            [dsm], np.ones(dsm.shape, bool),
-            lambda b: np.broadcast_to(b[:, 0].mean((1, 2), keepdims=True), b[:, 0].shape),
-            windows, out=whole, region=whole, dsm=0, batch_size=8,
+        (out,) = refine_block(
+            [dsm],
+            lambda b: (np.broadcast_to(b[:, 0].mean((1, 2), keepdims=True), b[:, 0].shape), None),
+            Job(windows, ("dsm",)), out=whole, region=whole,
         )  # fmt: skip
         steps = np.abs(np.diff(out - dsm, axis=1))[100, 64:336]
         return float(steps.max())
@@ -173,10 +172,10 @@ def test_windows_without_a_wanted_pixel_cost_nothing(scene, model, monkeypatch):
     seen = []
     predict = deepdem.predict.predict
 
-    def counted(net, batch, **options):
+    def counted(nets, batch, how):
         seen.append(len(batch))
         assert np.isfinite(batch[:, 0].numpy()).any(axis=(1, 2)).all()
-        return predict(net, batch, **options)
+        return predict(nets, batch, how)
 
     monkeypatch.setattr("deepdem.predict.predict", counted)
     half = scene.copy(deep=True)
@@ -268,3 +267,167 @@ def test_a_cluster_gives_the_same_surface_and_gets_the_weights_once(scene, model
             return len(deepdem.predict._nets)
 
         assert set(client.run(copies).values()) == {1}
+
+
+# --- what a model offers beyond one look ----------------------------------------------------------
+
+
+def test_precision_is_said_and_bf16_is_near(scene, model):
+    exact = scene.deepdem.refine(model)
+    rough = scene.deepdem.refine(model, precision="bf16")
+    assert exact.attrs["deepdem_precision"] == "float32"  # untrained: nothing is known of bf16
+    assert rough.attrs["deepdem_precision"] == "bf16"
+    assert rough.dtype == np.float32
+    assert exact.data.name != rough.data.name
+    difference = float(np.sqrt(((exact - rough) ** 2).mean()))
+    assert 0 < difference < 0.05 * float(abs(exact - scene.dsm).mean())
+
+
+def test_auto_precision_goes_by_the_device_and_what_training_noted(scene, monkeypatch):
+    from dataclasses import replace
+
+    model = fitted()
+    monkeypatch.setattr("deepdem.predict.bf16_is_fast", lambda device: True)
+    for noted, wanted in ((0.01, "bf16"), (0.03, "float32")):
+        model.net.spec = replace(model.spec, training={"bf16_rms_m": noted})
+        assert scene.deepdem.refine(model).attrs["deepdem_precision"] == wanted
+    monkeypatch.setattr("deepdem.predict.bf16_is_fast", lambda device: False)
+    assert scene.deepdem.refine(model).attrs["deepdem_precision"] == "float32"
+
+
+def _turn(ds: xr.Dataset, turns: int, flip: bool) -> xr.Dataset:
+    """Turn the pixels of a square scene and leave its coordinates."""
+
+    def turned(layer: xr.DataArray) -> xr.DataArray:
+        values = np.rot90(layer.values[:, ::-1] if flip else layer.values, turns)
+        return layer.copy(data=values.copy())
+
+    return ds.map(turned, keep_attrs=True)
+
+
+def test_tta_does_not_know_up_from_down(scene, model):
+    """A turned scene gives the turned surface: the mean over all symmetries has them all."""
+    square = scene.isel(y=slice(0, 128), x=slice(0, 128))
+    plain = square.deepdem.refine(model).compute()
+    seen = square.deepdem.refine(model, tta=True).compute()
+    assert float(abs(seen - plain).max()) > 0.01
+    for turns, flip in ((1, False), (2, True)):
+        other = _turn(square, turns, flip).deepdem.refine(model, tta=True).compute()
+        back = _turn(seen.to_dataset(), turns, flip).refined
+        np.testing.assert_allclose(other, back, atol=1e-3)
+
+
+def test_tta_swaps_the_images_where_training_did(scene):
+    from dataclasses import replace
+
+    model = fitted()
+    square = scene.isel(y=slice(0, 64), x=slice(0, 64))
+    swapped = square.assign(ortho_left=square.ortho_right, ortho_right=square.ortho_left)
+
+    def differ() -> float:
+        one, two = (s.deepdem.refine(model, tta=True).compute() for s in (square, swapped))
+        return float(abs(one - two).max())
+
+    assert differ() > 0.01
+    model.net.spec = replace(model.spec, training={"augment": ["swap"]})
+    assert differ() < 1e-3
+
+
+def test_an_ensemble_is_the_mean_and_its_spread(scene):
+    models = [fitted() for _ in range(3)]
+    for n, model in enumerate(models):
+        with torch.no_grad():
+            model.net.network.segmentation_head[0].bias.fill_(0.1 * n)
+    single = np.stack([scene.deepdem.refine(m).compute() for m in models])
+    both = scene.deepdem.refine(models, uncertainty=True)
+    assert isinstance(both, xr.Dataset)
+    assert set(both.data_vars) == {"refined", "refined_std"}
+    np.testing.assert_allclose(both.refined, single.mean(0), atol=1e-3)
+    assert len(both.refined.attrs["deepdem_weights"]) == 3
+    # The members differ by 0, 0.5 and 1 m everywhere; windows add their own disagreement.
+    wanted = np.std([0.0, 0.5, 1.0])
+    assert float(both.refined_std.min()) >= wanted - 1e-3
+    one = scene.deepdem.refine(models, uncertainty=True, overlap=0)
+    inner = one.refined_std[:192, :192]  # windows moved inward overlap beyond
+    np.testing.assert_allclose(inner.values[np.isfinite(inner)], wanted, atol=2e-3)
+    np.testing.assert_allclose(scene.deepdem.refine(models).compute(), single.mean(0), atol=1e-3)
+
+
+def test_the_variance_of_a_mixture_is_its_definition():
+    """Two networks of known residual and scale: the law of total variance, by hand."""
+    from deepdem.predict import Prediction, predict
+
+    class Known:
+        def __init__(self, residual, scale):
+            self.residual, self.scale = residual, scale
+            self.spec = type("S", (), {"uncertainty": scale is not None})
+
+        def moments(self, x, *, bf16):
+            full = torch.full_like(x[:, 0], self.residual)
+            return full, None if self.scale is None else torch.full_like(full, self.scale)
+
+    x = torch.zeros(1, 2, 4, 4)
+    mean, variance = predict([Known(1.0, 0.5), Known(3.0, None)], x, Prediction())
+    assert torch.allclose(mean, torch.tensor(2.0))
+    assert torch.allclose(variance, torch.tensor((2 * 0.5**2 + 0) / 2 + 1.0))
+    mean, variance = predict([Known(1.0, None)], x, Prediction())
+    assert variance is None
+
+
+def test_voids_are_filled_where_the_images_are(scene, model):
+    holes = scene.copy(deep=True)
+    holes.dsm[100:112, 100:120] = np.nan
+    holes.triangulation_error[100:112, 100:120] = np.nan
+    holes["valid"] = holes.valid & holes.dsm.notnull()
+    holes.dsm[200:210, 200:210] = np.nan
+    holes.ortho_left[200:210, 200:210] = np.nan
+    filled = holes.deepdem.refine(model, fill_voids=True).compute()
+    assert filled.filled.dtype == bool
+    assert filled.filled[100:112, 100:120].all()
+    assert filled.refined[100:112, 100:120].notnull().all()
+    assert not filled.filled[200:210, 200:210].any()
+    assert filled.refined[200:210, 200:210].isnull().all()
+    assert (filled.filled <= holes.dsm.isnull()).all()
+    # What is filled joins on to what is round it: no cliff at the hole's edge.
+    start = holes.dsm.interpolate_na("x")[100:112, 100:120]
+    residual = (holes.deepdem.refine(model).compute() - holes.dsm)[90:122, 90:130]
+    assert abs(float((filled.refined[100:112, 100:120] - start).mean())) < 3 + abs(
+        float(residual.mean())
+    )
+    chunked = holes.chunk(y=50, x=61).deepdem.refine(model, fill_voids=True, chunks=70)
+    np.testing.assert_allclose(chunked.refined, filled.refined, atol=1e-3)
+    np.testing.assert_array_equal(chunked.filled, filled.filled)
+
+
+def test_filling_is_exact_on_a_plane_s_level_and_leaves_the_rest():
+    from deepdem.refine import _fill
+
+    window = np.full((1, 32, 32), 2000.25, np.float32)
+    window[0, 10:14, 10:14] = np.nan
+    _fill(window)
+    np.testing.assert_array_equal(window, np.full((1, 32, 32), 2000.25, np.float32))
+    empty = np.full((1, 8, 8), np.nan, np.float32)
+    assert np.isnan(_fill(empty)).all()
+
+
+def test_what_a_model_does_not_offer_is_refused(scene, model):
+    with pytest.raises(ValueError, match="offers no uncertainty"):
+        scene.deepdem.refine(model, uncertainty=True)
+    with pytest.raises(ValueError, match="without a member"):
+        scene.deepdem.refine([])
+    with pytest.raises(ValueError, match="differ in their chip_size"):
+        scene.deepdem.refine([model, fitted(chip_size=96)])
+
+
+def test_inputs_are_hashed_chunk_by_chunk(scene, model):
+    def hashes(ds):
+        return ds.deepdem.refine(model, chunks=128).encoding["deepdem_inputs"].compute()
+
+    one = hashes(scene)
+    assert one.shape == (3, 3)
+    np.testing.assert_array_equal(hashes(scene.chunk(y=60, x=77)), one)
+    changed = scene.copy(deep=True)
+    changed.ortho_left[130, 5] += 0.01
+    differs = hashes(changed) != one
+    assert differs[1, 0]
+    assert differs.sum() == 1

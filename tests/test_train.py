@@ -56,8 +56,10 @@ def test_it_trains_with_nothing_else_given_and_learns(scene, tmp_path):
     again = unseen.deepdem.refine(tmp_path / "m.safetensors").compute()
     np.testing.assert_array_equal(again, unseen.deepdem.refine(model).compute())
     assert again.attrs["deepdem_target"] == "lidar_dsm"
-    validation = deepdem.load_model(tmp_path / "m.safetensors").spec.training["validation"]
-    assert set(validation) == {"val_MAE", "val_RMSE", "val_NMAD", "val_bias"}
+    noted = deepdem.load_model(tmp_path / "m.safetensors").spec.training
+    assert set(noted["validation"]) == {"val_MAE", "val_RMSE", "val_NMAD", "val_bias"}
+    assert 0 < noted["bf16_rms_m"] < 1
+    assert noted["augment"] == []
 
 
 def test_the_same_seed_gives_the_same_chips_and_validation_is_never_changed(scene):
@@ -128,7 +130,7 @@ def test_masked_pixels_do_not_count():
     x, target = torch.randn(2, 5, 32, 32), torch.randn(2, 32, 32)
     target[:, :16] = torch.nan
     x[:, 0, 16:20] = torch.nan
-    error, usable = model._error({"layers": x, "target": target})
+    error, usable, _ = model._error({"layers": x, "target": target})
     assert usable.sum() == 2 * 12 * 32
     assert (error[~usable] == 0).all()
     model.log = lambda *_, **__: None
@@ -138,6 +140,22 @@ def test_masked_pixels_do_not_count():
     assert nothing == 0
     nothing.backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_a_predicted_scale_knows_where_the_errors_are(scene):
+    """Its Laplace scale is larger where the errors are, in a part that training never saw."""
+    model = _model(uncertainty=True)
+    _trainer(max_epochs=10).fit(model, _data(scene, split="left 50 %"))
+    unseen = scene.isel(x=slice(170, None))
+    both = unseen.deepdem.refine(model.eval(), uncertainty=True).compute()
+    error = abs(both.refined - unseen.lidar_dsm).values.ravel()
+    std = both.refined_std.values.ravel()
+    known = np.isfinite(error)
+    assert (std[known] > 0).all()
+    sure = std[known] < np.median(std[known])
+    assert error[known][sure].mean() < 0.6 * error[known][~sure].mean()
+    # Within two standard deviations lie most of them, and not all.
+    assert 0.8 < np.mean(error[known] < 2 * std[known]) < 0.999
 
 
 def test_forward_gives_heights():
