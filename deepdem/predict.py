@@ -7,21 +7,32 @@ else with the graph, where the reference stands once.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from deepdem.models import ModelSpec, ResidualNet, read_model, serialise, weights_hash
 
-__all__ = ["ModelRef", "Prediction", "bf16_is_fast", "predict", "resolve_device", "ship"]
+__all__ = [
+    "ModelRef",
+    "Prediction",
+    "bf16_is_fast",
+    "predict",
+    "predictions",
+    "resolve_device",
+    "ship",
+]
 
 log = logging.getLogger(__name__)
 
@@ -121,6 +132,18 @@ def resolve_device(device: str) -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def _this_worker() -> Any:
+    """Return the Dask worker whose task this is, or None."""
+    if "distributed" not in sys.modules:
+        return None
+    from distributed import get_worker
+
+    try:
+        return get_worker()
+    except ValueError:
+        return None
+
+
 def bf16_is_fast(device: str) -> bool:
     """Return whether `device` has instructions for bfloat16, without which it is slower."""
     here = resolve_device(device)
@@ -132,46 +155,8 @@ def bf16_is_fast(device: str) -> bool:
 
 def _worker_number() -> int:
     """Return this worker's number on its cluster; 0 outside of one, or where it has no number."""
-    if "distributed" not in sys.modules:
-        return 0
-    from distributed import get_worker
-
-    try:
-        name = str(get_worker().name)
-    except ValueError:
-        return 0
+    name = str(getattr(_this_worker(), "name", ""))
     return int(name.rsplit("-", 1)[-1]) if name.rsplit("-", 1)[-1].isdigit() else 0
-
-
-class _Threads:
-    """Shares this process's torch threads out among the Dask tasks that compute at the moment.
-
-    A thread's own OpenMP setting is changed before each batch, so that N tasks do not start N
-    times all cores, and the last one, alone, has them all.
-    """
-
-    def __init__(self) -> None:
-        self.total, self.busy = torch.get_num_threads(), 0
-        self.lock = threading.Lock()
-
-    @contextlib.contextmanager
-    def task(self) -> Iterator[None]:
-        """Count a task in while it computes."""
-        with self.lock:
-            self.busy += 1
-        try:
-            yield
-        finally:
-            with self.lock:
-                self.busy -= 1
-            torch.set_num_threads(self.total)
-
-    def share(self) -> None:
-        """Give the calling thread its share."""
-        torch.set_num_threads(max(1, self.total // max(self.busy, 1)))
-
-
-threads = _Threads()
 
 
 @dataclass(frozen=True)
@@ -195,6 +180,84 @@ class Prediction:
     bf16: bool = False
     tta: bool = False
     swap: tuple[int, int] | None = None
+
+
+class _Pool:
+    """The threads in which this process's networks run on the CPU, one torch thread each.
+
+    As many as torch was given for the process (OMP_NUM_THREADS, or all cores), or as a Dask
+    worker was given threads, whichever is more; N Dask threads share them and never start N times
+    all cores. Forward passes of small batches side by side do 1.5 times the work of one
+    that is cut up among all threads, and their activations are small enough for the allocator to
+    keep: a larger batch gives its memory back to the system and takes it again at each layer.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.executor: ThreadPoolExecutor | None = None
+        self.size = 0
+
+    def get(self) -> tuple[ThreadPoolExecutor, int]:
+        """Return the executor and how many threads it has, made when first asked for."""
+        with self.lock:
+            if self.executor is None:
+                self.size = max(torch.get_num_threads(), _worker_threads())
+                self.executor = ThreadPoolExecutor(
+                    self.size, "deepdem", initializer=_one_torch_thread,
+                    initargs=(torch.get_num_threads(),),
+                )  # fmt: skip
+            return self.executor, self.size
+
+
+def _one_torch_thread(others: int) -> None:
+    torch.set_num_threads(1)
+    # That also sets what threads start with that are yet to come: put it back for the user's.
+    restore = threading.Thread(target=torch.set_num_threads, args=(others,))
+    restore.start()
+    restore.join()
+
+
+def _worker_threads() -> int:
+    """Return how many threads Dask gave this worker; 1 outside of one."""
+    worker = _this_worker()
+    return 1 if worker is None else int(worker.state.nthreads)
+
+
+_pool = _Pool()
+
+
+def predictions(
+    nets: Sequence[ResidualNet], batches: Iterable[NDArray[np.float32]], how: Prediction
+) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32] | None]]:
+    """Give what `predict` gives of each batch, in order, several at a time on the CPU.
+
+    Parameters
+    ----------
+    nets, how
+        As in `predict`.
+    batches
+        (n, layer, y, x) each; taken one by one, a few ahead of what is given.
+    """
+
+    def one(batch: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        mean, variance = predict(nets, torch.from_numpy(batch), how)
+        return mean.numpy(), None if variance is None else variance.numpy()
+
+    if how.device != "cpu":
+        yield from map(one, batches)
+        return
+    executor, size = _pool.get()
+    ahead: deque[Future[Any]] = deque()
+    try:
+        for batch in batches:
+            ahead.append(executor.submit(one, batch))
+            if len(ahead) > size:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        for future in ahead:
+            future.cancel()
 
 
 @torch.inference_mode()
@@ -227,7 +290,6 @@ def predict(
     raised.
     """
     if how.device == "cpu":
-        threads.share()
         return _mixture(nets, batch, how)
     try:
         mean, variance = _mixture(nets, batch.to(how.device, non_blocking=True), how)

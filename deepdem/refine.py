@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any, TypeAlias
@@ -31,10 +32,11 @@ __all__ = ["Job", "Windows", "refine", "refine_block"]
 # Raised for windows, which have no place on the ground when their voids are filled.
 warnings.filterwarnings("ignore", category=NotGeoreferencedWarning, module="rasterio.fill")
 
-#: Gives of windows (n, layer, y, x) of raw layers the residual (n, y, x) in metres and its
-#: variance, or None for the latter.
+#: Takes batches of windows (n, layer, y, x) of raw layers, gives of each, in order, the residual
+#: (n, y, x) in metres and its variance, or None for the latter.
 Predictor: TypeAlias = Callable[
-    [NDArray[np.float32]], tuple[NDArray[np.float32], NDArray[np.float32] | None]
+    [Iterator[NDArray[np.float32]]],
+    Iterable[tuple[NDArray[np.float32], NDArray[np.float32] | None]],
 ]
 
 
@@ -70,7 +72,7 @@ class Job:
     mask
         The name of a further array, not seen by the network, of pixels that may be used.
     batch_size
-        Windows in one call of the predictor.
+        Windows in one call of the predictor; None: what suits the device.
     fill_voids
         Whether voids of the initial DSM are filled.
     uncertainty
@@ -80,7 +82,7 @@ class Job:
     windows: Windows
     layers: tuple[str, ...]
     mask: str | None = None
-    batch_size: int = 8
+    batch_size: int | None = None
     fill_voids: bool = False
     uncertainty: bool = False
 
@@ -125,7 +127,7 @@ def refine_block(
         One a layer of the job, and the mask if it has one; each of the region's shape, raw
         units, NaN for no data. They are not changed.
     predictor
-        Gives the residual of a batch of windows, and its variance.
+        Gives the residuals of batches of windows, and their variances, in order.
     job
         Windows, layers, what is wanted.
     out, region
@@ -154,20 +156,28 @@ def refine_block(
     line = np.array(windows.weights, dtype=np.float32)
     weight = np.outer(line, line)
     norm, mean, square = (np.zeros(whole.shape, dtype=np.float32) for _ in range(3))
-    for k in range(0, len(places), job.batch_size):
-        part = places[k : k + job.batch_size]
-        batch = _batch(layers, part, windows.width, region)
-        starts = _fill(batch[:, job.dsm]) if job.fill_voids else None
-        residuals, variances = predictor(batch)
+    size = job.batch_size or _auto_batch("cpu", windows.width)
+    parts = [places[k : k + size] for k in range(0, len(places), size)]
+    starts: deque[NDArray[np.float32]] = deque()
+
+    def batches() -> Iterator[NDArray[np.float32]]:
+        for part in parts:
+            batch = _batch(layers, part, windows.width, region)
+            if job.fill_voids:
+                starts.append(_fill(batch[:, job.dsm]))
+            yield batch
+
+    for part, (residuals, variances) in zip(parts, predictor(batches()), strict=True):
+        start = starts.popleft() if job.fill_voids else None
         for n, (y, x) in enumerate(part):
             window = Box(y, y + windows.width, x, x + windows.width)
             box = window.intersect(out)
             there, here = box.within(out), box.within(window)
             w, residual = weight[here], residuals[n][here]
-            if starts is not None:
+            if start is not None:
                 # In a void each window has an initial DSM of its own, interpolated from what
                 # it sees: what it adds to zero, the void's value below, is its height.
-                residual = residual + np.where(void[there], starts[n][here], 0)
+                residual = residual + np.where(void[there], start[n][here], 0)
             norm[there] += w
             mean[there] += w * residual
             if job.uncertainty:
@@ -237,21 +247,15 @@ def _refine_chunk(
     how: Any,
 ) -> NDArray[np.float32]:
     """Return one output chunk: find the networks in this process and call the kernel."""
-    import torch
-
-    from deepdem.predict import predict, resolve_device, threads
+    from deepdem.predict import predictions, resolve_device
 
     here = replace(how, device=resolve_device(how.device))
     nets = [model.net(here.device) for model in models]
-
-    def predictor(
-        batch: NDArray[np.float32],
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-        mean, variance = predict(nets, torch.from_numpy(batch), here)
-        return mean.numpy(), None if variance is None else variance.numpy()
-
-    with threads.task():
-        return refine_block(arrays, predictor, job, out=out, region=region)
+    if job.batch_size is None:
+        job = replace(job, batch_size=_auto_batch(here.device, job.windows.width))
+    return refine_block(
+        arrays, lambda batches: predictions(nets, batches, here), job, out=out, region=region
+    )
 
 
 def _input_hash(arrays: list[NDArray[Any]], *, out: Box, region: Box) -> NDArray[np.uint64]:
@@ -296,7 +300,8 @@ def refine(
         A name from `deepdem.windows.BLENDS`, or a callable that takes the width of a window and
         gives positive weights along one axis. Weights are normalised by their sum at each pixel.
     batch_size
-        Windows in one forward pass; ``"auto"``: 8 on a CPU, 32 on a card.
+        Windows in one forward pass; ``"auto"``: of 256 pixels 2 on a CPU, where passes run side
+        by side, and 32 on a card.
     device
         ``"auto"`` (CUDA, else MPS, else CPU), or a torch device.
     precision
@@ -360,7 +365,7 @@ def refine(
         windows=Windows(window_grid(shape, spec.chip_size, stride), line),
         layers=spec.layers,
         mask="valid" if "valid" in ds and "valid" not in spec.layers else None,
-        batch_size=_batch_size(batch_size, device),
+        batch_size=_batch_size(batch_size),
         fill_voids=fill_voids,
         uncertainty=uncertainty,
     )
@@ -447,12 +452,18 @@ def _chunk_px(chunks: int | str, shape: tuple[int, int], stride: int) -> int:
     return chunks
 
 
-def _batch_size(batch_size: int | str, device: str) -> int:
-    if batch_size == "auto":
-        return 8 if device in ("auto", "cpu") else 32
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size={batch_size!r}: pass 'auto' or a positive number")
-    return batch_size
+def _batch_size(wanted: int | str) -> int | None:
+    if wanted == "auto":
+        return None
+    if not isinstance(wanted, int) or wanted < 1:
+        raise ValueError(f"batch_size={wanted!r}: pass 'auto' or a positive number")
+    return wanted
+
+
+def _auto_batch(device: str, width: int) -> int:
+    # Two windows of 256 on a CPU: what the allocator keeps between layers (see predict.py).
+    pixels = 2 * 256**2 if device == "cpu" else 32 * 256**2
+    return max(1, min(pixels // width**2, 64))
 
 
 def _how(specs: Sequence[Any], device: str, precision: str, *, tta: bool) -> Any:

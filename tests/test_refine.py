@@ -60,7 +60,9 @@ def _blocked(dsm: np.ndarray, cut) -> np.ndarray:
     job = Job(windows, ("dsm",), batch_size=cut.batch)
 
     def kernel(arrays, *, out, region):
-        return refine_block(arrays, lambda b: (_fake(b), None), job, out=out, region=region)[0]
+        return refine_block(
+            arrays, lambda bs: ((_fake(b), None) for b in bs), job, out=out, region=region
+        )[0]
 
     lazy = map_regions(
         kernel, [da.from_array(dsm, chunks=cut.chunks)], chunks=chunks_of(cut.shape, cut.out_px),
@@ -85,7 +87,7 @@ def test_a_constant_residual_comes_out_constant(cut, value):
     )
     whole = Box(0, cut.shape[0], 0, cut.shape[1])
     (out,) = refine_block(
-        [dsm], lambda b: (np.full(b[:, 0].shape, value, np.float32), None),
+        [dsm], lambda bs: ((np.full(b[:, 0].shape, value, np.float32), None) for b in bs),
         Job(windows, ("dsm",), batch_size=3), out=whole, region=windows.region(whole, cut.shape),
     )  # fmt: skip
     np.testing.assert_allclose(out, dsm + np.float32(value), atol=1e-5, equal_nan=True)
@@ -102,7 +104,10 @@ def test_seams_are_gone_with_hann_and_there_without():
         whole = Box(0, 200, 0, 400)
         (out,) = refine_block(
             [dsm],
-            lambda b: (np.broadcast_to(b[:, 0].mean((1, 2), keepdims=True), b[:, 0].shape), None),
+            lambda bs: (
+                (np.broadcast_to(b[:, 0].mean((1, 2), keepdims=True), b[:, 0].shape), None)
+                for b in bs
+            ),
             Job(windows, ("dsm",)), out=whole, region=whole,
         )  # fmt: skip
         steps = np.abs(np.diff(out - dsm, axis=1))[100, 64:336]
