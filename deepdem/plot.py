@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,16 +53,10 @@ _TINTS = LinearSegmentedColormap.from_list(
 )
 _MASK = ListedColormap([_NO_DATA, "#4f8a8b"])
 _STYLE: Any = {
-    "font.size": 8,
-    "axes.titlesize": 8.5,
-    "axes.labelsize": 8,
-    "axes.linewidth": 0.6,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "legend.fontsize": 7.5,
-}
+    "font.size": 8, "legend.fontsize": 7.5, "xtick.labelsize": 7, "ytick.labelsize": 7,
+    "axes.titlesize": 8.5, "axes.labelsize": 8, "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6, "ytick.major.width": 0.6,
+}  # fmt: skip
 
 
 # --- a scene at a glance -------------------------------------------------------------------------
@@ -103,12 +98,12 @@ def plot(ds: xr.Dataset, *, layers: Sequence[str] | None = None, max_px: int = 8
     (pictures,) = dask.base.compute(pictures)
     heights = [p for n, p in pictures.items() if describe(n).is_height]
     limits = _limits(heights)
-    columns = min(len(pictures), 4 if len(pictures) > 6 else 3)
-    rows = math.ceil(len(pictures) / columns)
+    rows = math.ceil(len(pictures) / (4 if len(pictures) > 6 else 3))
+    columns = math.ceil(len(pictures) / rows)
     pixel_m, step = steps_m(ds), steps(ds)
     tall = abs(ds.sizes["y"] * pixel_m[0] / (ds.sizes["x"] * pixel_m[1]))
     size = (2.95 * columns + 0.4, (2.6 * min(max(tall, 0.3), 2) + 0.36) * rows + 0.3)
-    with plt.rc_context(_STYLE):
+    with _styled():
         figure = plt.figure(figsize=size, layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
         for ax, (name, picture) in zip(grid.flat, pictures.items(), strict=False):
@@ -132,7 +127,7 @@ def _map(ax: Axes, name: str, picture: xr.DataArray, heights: tuple[float, float
         mappable = ScalarMappable(Normalize(*heights), _TINTS)
     elif layer.role == "mask" or picture.dtype == bool:
         share = float((picture == 1).mean())
-        title = f"{title} ({share:.0%})"
+        title = f"{textwrap.shorten(title, 60, placeholder=' …')} ({share:.0%})"
         mappable = _image(ax, (picture == 1).astype(np.float32), _MASK, (0, 1))
     else:
         low, high = _limits([picture])
@@ -142,8 +137,9 @@ def _map(ax: Axes, name: str, picture: xr.DataArray, heights: tuple[float, float
             high = max(abs(low), abs(high))
             low = -high
         mappable = _image(ax, picture, plt.get_cmap(_COLORMAPS[layer.role]), (low, high))
-    title = textwrap.shorten(title[:1].upper() + title[1:], 52, placeholder=" …")
-    ax.set_title(title, loc="left")
+    # 40 characters are as wide as a map with its colour bar.
+    lines = textwrap.wrap(title[:1].upper() + title[1:], 40, max_lines=2, placeholder=" …")
+    ax.set_title("\n".join(lines), loc="left")
     if layer.role != "mask" and picture.dtype != bool:
         bar = ax.figure.colorbar(mappable, ax=ax, fraction=0.045, pad=0.02, extend="both")
         bar.outline.set_linewidth(0.4)
@@ -194,9 +190,10 @@ def compare(
 
     Top: an orthoimage (where the scene has one) and shaded relief of initial, refined and truth
     under one sun and one height scale; below, where the scene is larger than 400 pixels or a
-    window is given, the same zoomed in. Bottom: the errors (surface - truth, metres) on one
-    symmetric scale, and their histograms. Statistics are those of `deepdem.evaluate.evaluate`, of
-    every pixel and not of the thinned picture.
+    window is given, the same zoomed in. Bottom: a second orthoimage (of more, the first two are
+    shown), the errors (surface - truth, metres) on one symmetric scale, and their histograms; the
+    table stands in the first column where that is free, else below all. Statistics are those of
+    `deepdem.evaluate.evaluate`, of every pixel and not of the thinned picture.
 
     Parameters
     ----------
@@ -229,27 +226,34 @@ def compare(
     if window is None and max(ds.sizes["y"], ds.sizes["x"]) > 400:
         window = _liveliest(layers[truth])
     zoom = {} if window is None else {name: layer[window] for name, layer in layers.items()}
+    beside = next(iter(_images(ds)[1:]), None)
     if any(min(layer.shape) < 2 for layer in zoom.values()):
         raise ValueError(f"window={window} holds fewer than 2 x 2 pixels of {dict(ds.sizes)}")
     thin = _thin(ds, max_px)
     overview = {name: layer[thin] for name, layer in layers.items()}
     strata, overview, zoom, usable = dask.base.compute(plan.strata, overview, zoom, usable[thin])
     summaries = plan.total(strata)
-    with plt.rc_context(_STYLE):
-        sheet = _Sheet(overview, zoom, usable == 1, summaries, truth, steps_m(ds), steps(ds))
-        return sheet.draw()
+    with _styled():
+        return _Sheet(
+            overview, zoom, usable == 1, summaries, truth, steps_m(ds), steps(ds), beside
+        ).draw()
 
 
 def _columns(
     ds: xr.Dataset, refined: Refined, *, truth: str, baseline: str
 ) -> dict[str, xr.DataArray]:
-    """Return what the columns show, left to right, on the very coordinates of the scene."""
-    images = [str(n) for n in ds.data_vars if describe(str(n)).role == "image"][:1]
-    layers = {name: layer_of(ds, name, "image") for name in images}
+    """Return the pictures, left to right, on the very coordinates of the scene."""
+    layers = {name: layer_of(ds, name, "image") for name in _images(ds)}
     layers[baseline] = layer_of(ds, baseline, "baseline")
     layers |= {n: on_grid_of(ds, s, n) for n, s in surfaces_of(refined).items()}
     layers[truth] = layer_of(ds, truth, "truth")
     return {name: _bare_coordinates(ds, layer) for name, layer in layers.items()}
+
+
+def _images(ds: xr.Dataset) -> list[str]:
+    """Return the names of the first two orthoimages: left and right, or views 1 and 2."""
+    names = [str(n) for n in ds.data_vars if describe(str(n)).role == "image"]
+    return sorted(names, key=lambda name: (len(name), name))[:2]  # view 2 comes before view 10
 
 
 def _bare_coordinates(ds: xr.Dataset, layer: xr.DataArray) -> xr.DataArray:
@@ -291,25 +295,34 @@ class _Sheet:
     truth: str
     pixel_m: tuple[float, float]
     step: tuple[float, float]
+    beside: str | None
+    """The second orthoimage: it has no column of its own, but the free cell below the first's."""
 
-    WIDTH, GAP, LEFT, RIGHT = 2.55, 0.1, 0.12, 0.62
+    WIDTH, GAP, LEFT, RIGHT, LINE = 2.55, 0.1, 0.12, 0.62, 0.185
 
     def draw(self) -> Figure:
-        self.names = list(self.overview)
+        self.names = [name for name in self.overview if name != self.beside]
         tall = [self._tallness(p) for p in (self.overview, self.zoom) if p]
         heights = [self.WIDTH * t for t in tall]
         below = max(heights[0], 1.5)
         total = 0.3 + sum(heights) + self.GAP * (len(heights) - 1) + 0.5 + below + 0.62
         columns = len(self.names)
+        first = self.names.index(next(iter(self.summaries)))
+        strip = 0.0 if first and not self.beside else self.LINE * (len(self.summaries) + 1) + 0.25
+        total += strip
         width = self.LEFT + columns * self.WIDTH + (columns - 1) * self.GAP + self.RIGHT
         self.figure = plt.figure(figsize=(width, total))
         top = total - 0.3
-        for row, (pictures, height) in enumerate(
-            zip((self.overview, self.zoom), heights, strict=False)
-        ):
-            self._relief_row(pictures, top, height, titles=row == 0)
+        for pictures, height in zip((self.overview, self.zoom), heights, strict=False):
+            self._relief_row(pictures, top, height)
             top -= height + self.GAP
-        self._error_row(top - 0.5 + self.GAP, heights[0], below)
+        top += self.GAP - 0.5
+        self._error_row(top, heights[0], below, first)
+        span = columns * (self.WIDTH + self.GAP) - self.GAP
+        place = (strip - 0.08, strip - 0.08, span) if strip else (top, below)
+        self._table(self._axes(0, *place), wide=strip > 0)
+        if self.beside:
+            self._panel(self._axes(0, top, heights[0]), self.beside, self.overview)
         return self.figure
 
     def _tallness(self, pictures: Mapping[str, xr.DataArray]) -> float:
@@ -323,22 +336,11 @@ class _Sheet:
             (left / w, (top - height) / h, (width or self.WIDTH) / w, height / h)
         )
 
-    def _relief_row(
-        self, pictures: dict[str, xr.DataArray], top: float, height: float, *, titles: bool
-    ) -> None:
-        shown = [pictures[n] for n in [*self.summaries, self.truth]]
-        limits = _limits(shown)
+    def _relief_row(self, pictures: dict[str, xr.DataArray], top: float, height: float) -> None:
+        limits = _limits([pictures[n] for n in [*self.summaries, self.truth]])
         for column, name in enumerate(self.names):
             ax = self._axes(column, top, height)
-            if name in self.summaries or name == self.truth:
-                _relief(ax, pictures[name], limits)
-            else:
-                _image(ax, pictures[name], plt.get_cmap("gray"), _limits([pictures[name]]))
-            _bare(ax, _FRAME if self.zoom and not titles else "0.3")
-            if titles:
-                ax.set_title(self._title(name), loc="left", pad=4)
-                if self.zoom:
-                    ax.add_patch(self._zoom_frame())
+            self._panel(ax, name, pictures, limits)
             if column == 0:
                 self._scale_bar(ax)
         bar = self.figure.colorbar(
@@ -347,10 +349,26 @@ class _Sheet:
         )  # fmt: skip
         bar.set_label("height [m]", labelpad=2)
 
-    def _error_row(self, top: float, height: float, below: float) -> None:
+    def _panel(
+        self, ax: Axes, name: str, pictures: dict[str, xr.DataArray],
+        heights: tuple[float, float] = (0.0, 1.0),
+    ) -> None:  # fmt: skip
+        """Draw one picture; an overview has a title, and a mark where the zoom is."""
+        if name in self.summaries or name == self.truth:
+            _relief(ax, pictures[name], heights)
+        else:
+            _image(ax, pictures[name], plt.get_cmap("gray"), _limits([pictures[name]]))
+        _bare(ax, _FRAME if pictures is self.zoom else "0.3")
+        if pictures is self.overview:
+            ax.set_title(self._title(name), loc="left", pad=4)
+            if self.zoom:
+                left, right, bottom, top = _extent(next(iter(self.zoom.values())), self.step)
+                size = (right - left, top - bottom)
+                ax.add_patch(Rectangle((left, bottom), *size, fill=False, ec=_FRAME, lw=1.1))
+
+    def _error_row(self, top: float, height: float, below: float, first: int) -> None:
         limit = _nice(max(s.quantile(0.95, np.abs) for s in self.summaries.values()))
         truth = self.overview[self.truth]
-        first = self.names.index(next(iter(self.summaries)))
         mappable = ScalarMappable(Normalize(-limit, limit), plt.get_cmap("RdBu_r"))
         for column, (name, summary) in enumerate(self.summaries.items(), first):
             ax = self._axes(column, top, height)
@@ -369,8 +387,6 @@ class _Sheet:
         )  # fmt: skip
         bar.set_label(f"error: surface − {self.truth} [m]", labelpad=2)
         self._histogram(self._axes(len(self.names) - 0.83, top, below, 0.86 * self.WIDTH), limit)
-        if first:
-            self._table(self._axes(0, top, below))
 
     def _histogram(self, ax: Axes, limit: float) -> None:
         edges = np.linspace(-limit, limit, 82)  # an odd number of bins: one is centred on zero
@@ -392,34 +408,38 @@ class _Sheet:
             borderpad=0.1, borderaxespad=0.1, labelspacing=0.25,
         )  # fmt: skip
 
-    def _table(self, ax: Axes) -> None:
-        ax.set_axis_off()
-        metrics = [m for m in METRICS if m not in ("count", "MedAE", "LE95")]
-        two_lines = len(self.summaries) > 2  # of heading: the columns are narrow
-        line = 0.185 / (ax.get_position().height * self.figure.get_size_inches()[1])
-
-        def cell(x: float, row: float, text: str) -> None:
-            y = 1 - (row + two_lines) * line
-            ax.text(x, y, text, va="top", ha="left" if x == 0 else "right")
-
-        for i, (name, s) in enumerate(self.summaries.items()):
-            x = 0.98 - min(0.31, 0.72 / len(self.summaries)) * (len(self.summaries) - 1 - i)
-            heading = self._title(name).replace(" ", "\n", two_lines)
-            ax.text(
-                x, 1 - (1.15 + two_lines) * line, heading,
-                ha="right", va="bottom", color=_color(i), weight="bold",
-            )  # fmt: skip
-            for row, metric in enumerate(metrics, 2):
-                value = METRICS[metric](s)
-                # Adding zero turns a rounded -0.0 into 0.0.
-                text = f"{value:.1%}" if metric == "coverage" else f"{round(value, 2) + 0.0:.2f}"
-                cell(x, row - 0.2, text)
-        for row, metric in enumerate(metrics, 2):
-            cell(0, row - 0.2, metric + ("" if metric == "coverage" else " [m]"))
-        ax.plot([0, 0.98], [1 - (1.4 + two_lines) * line] * 2, color="0.3", lw=0.6)
-        ax.set(xlim=(0, 1), ylim=(0, 1))
+    def _table(self, ax: Axes, *, wide: bool) -> None:
+        """Draw the statistics: a line a surface where `wide`, else a line a metric."""
+        width, height = ax.get_position().size * self.figure.get_size_inches()
+        surfaces, count = [self._title(n) for n in self.summaries], len(self.summaries)
+        two = count > 2 and not wide  # lines of heading: the columns are narrow
         n = f"{next(iter(self.summaries.values())).count:,}".replace(",", "\u2009")
-        ax.set_title(f"Statistics of the same {n} pixels", loc="left", pad=4)
+        caption = f"Statistics of the same {n} pixels"
+        rows = [[caption if wide else "", *(name.replace(" ", "\n", two) for name in surfaces)]]
+        for metric in [m for m in METRICS if m not in ("count", "MedAE", "LE95")]:
+            values = [METRICS[metric](s) for s in self.summaries.values()]
+            if metric == "coverage":
+                rows.append([metric, *(f"{v:.1%}" for v in values)])
+            else:  # adding zero turns a rounded -0.0 into 0.0
+                rows.append([f"{metric} [m]", *(f"{round(v, 2) + 0.0:.2f}" for v in values)])
+        cells = np.array(rows).T if wide else np.array(rows)
+        each = (width - 2.5) / (len(rows) - 1) if wide else width * min(0.31, 0.72 / count)
+        right = width * (1.0 if wide else 0.98)
+        rule = height - self.LINE * ((1.1 if wide else 1.35) + two)
+        for (line, column), text in np.ndenumerate(cells):
+            surface = (line if wide else column) - 1
+            named = surface >= 0 and (column if wide else line) == 0
+            ax.text(
+                right - each * (cells.shape[1] - 1 - column) if column else 0,
+                rule - self.LINE * (line - 0.6) if line else rule + 0.25 * self.LINE, text,
+                ha="right" if column else "left", va="top" if line else "bottom",
+                color=_color(surface) if named else "black", weight="bold" if named else "normal",
+            )  # fmt: skip
+        ax.plot([0, right], [rule] * 2, color="0.3", lw=0.6)
+        ax.set(xlim=(0, width), ylim=(0, height))
+        ax.set_axis_off()
+        if not wide:
+            ax.set_title(caption, loc="left", pad=4)
 
     def _title(self, name: str) -> str:
         if name == self.truth:
@@ -427,12 +447,11 @@ class _Sheet:
         if name == "dsm":
             return "Initial DSM"
         if describe(name).role == "image":
-            return "Orthoimage"
+            view = name.removeprefix("ortho_")
+            if self.beside is None:
+                return "Orthoimage"
+            return f"Orthoimage {view}" if view.isdigit() else f"{view.capitalize()} orthoimage"
         return name[:1].upper() + name[1:].replace("_", " ")
-
-    def _zoom_frame(self) -> Rectangle:
-        left, right, bottom, top = _extent(next(iter(self.zoom.values())), self.step)
-        return Rectangle((left, bottom), right - left, top - bottom, fill=False, ec=_FRAME, lw=1.1)
 
     def _scale_bar(self, ax: Axes) -> None:
         left, right = ax.get_xlim()
@@ -451,6 +470,14 @@ class _Sheet:
 
 
 # --- what the figures share ----------------------------------------------------------------------
+
+
+def _styled() -> AbstractContextManager[None]:
+    """Return a context in which figures have the style of this module."""
+    # A notebook's backend turns interactive drawing on when it is first needed. Were that inside
+    # the context, leaving it would turn it off again, and no later figure would be shown.
+    plt.draw_if_interactive()  # type: ignore[no-untyped-call]  # Matplotlib's own stub lacks types
+    return plt.rc_context(_STYLE)
 
 
 def _color(surface: int) -> str:

@@ -37,9 +37,10 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 _lock = threading.RLock()
-# The weights as they came, by hash; the networks made of them, by hash and device.
+# The weights as they came, by hash; the networks made of them, by hash, device and whether they
+# are compiled.
 _payloads: dict[str, bytes] = {}
-_nets: dict[tuple[str, str], ResidualNet] = {}
+_nets: dict[tuple[str, str, bool], ResidualNet] = {}
 _MOST_NETS = 8
 # Which client has sent which weights to its workers.
 _shipped: set[tuple[str, str]] = set()
@@ -66,9 +67,9 @@ class ModelRef:
         payload = None if on_workers else _payloads.get(self.hash)
         return _restore, (self.hash, self.spec, payload)
 
-    def net(self, device: str) -> ResidualNet:
+    def net(self, device: str, *, compiled: bool = False) -> ResidualNet:
         """Return this process's copy of the network on `device`, made when first asked for."""
-        key = (self.hash, device)
+        key = (self.hash, device, compiled)
         with _lock:
             if key not in _nets:
                 if self.hash not in _payloads:
@@ -79,7 +80,10 @@ class ModelRef:
                 while len(_nets) >= _MOST_NETS:
                     _nets.pop(next(iter(_nets)))
                 net = read_model(_payloads[self.hash]).to(device)
-                _nets[key] = net.to(memory_format=torch.channels_last)
+                net = net.to(memory_format=torch.channels_last)
+                if compiled:
+                    net.network.compile()
+                _nets[key] = net
             return _nets[key]
 
 
@@ -174,12 +178,15 @@ class Prediction:
     swap
         Where the left and the right image are among the layers, if a window is to be seen with
         the two swapped as well.
+    compiled
+        Whether the networks go through `torch.compile`.
     """
 
     device: str = "cpu"
     bf16: bool = False
     tta: bool = False
     swap: tuple[int, int] | None = None
+    compiled: bool = False
 
 
 class _Pool:

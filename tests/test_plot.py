@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -139,6 +141,39 @@ def _rows(figure):
     return len({round(ax.get_position().y0, 3) for ax in reliefs})
 
 
+@pytest.mark.parametrize(
+    ("names", "titles"),
+    [
+        (["ortho_right", "ortho_left"], ["Left orthoimage", "Right orthoimage"]),
+        (["ortho_10", "ortho_2", "ortho_1"], ["Orthoimage 1", "Orthoimage 2"]),
+        (["ortho_left"], ["Orthoimage"]),
+        ([], []),
+    ],
+)
+@pytest.mark.parametrize("window", [None, (slice(20, 60), slice(30, 100))])
+def test_compare_shows_two_orthoimages(names, titles, window):
+    ds, refined = town()
+    image = ds["ortho_left"]
+    ds = ds.drop_vars("ortho_left").assign({name: image + len(name) for name in names})
+    figure = compare(ds, refined, window=window)
+    assert sorted(t for t in texts(figure) if "rthoimage" in t) == titles
+    assert "Statistics of the same" in " ".join(texts(figure))
+    shown = {ax.get_title(loc="left"): ax for ax in figure.axes}
+    if len(names) > 1:
+        first, second = (shown[title] for title in titles)
+        assert first.get_position().x0 == second.get_position().x0
+        assert second.get_position().y1 == pytest.approx(
+            shown["Refined − truth\n" + _legend(ds, refined)].get_position().y1
+        )
+        assert first.get_xlim() == second.get_xlim()
+        assert len(first.patches) == len(second.patches) == (window is not None)
+
+
+def _legend(ds, refined):
+    row = evaluate(ds, refined).loc["refined"]
+    return f"MAE {row.MAE:.2f}, RMSE {row.RMSE:.2f} m"
+
+
 def test_compare_without_an_orthoimage_and_with_more_surfaces():
     ds, refined = town()
     without = ds.drop_vars("ortho_left")
@@ -154,9 +189,16 @@ def test_no_text_lies_over_another(ascending):
     ds, refined = town((450, 500))
     if ascending:
         ds, refined = ds.isel(y=slice(None, None, -1)), refined.isel(y=slice(None, None, -1))
+    many = {"refined": refined, "median_filter": refined}
+    two = ds.assign(ortho_right=ds["ortho_left"])
+    none = ds.drop_vars("ortho_left")
+    first = ["valid", "triangulation_error", "lidar_dsm", "ndvi", "dsm"]
+    long = ds["ndvi"].assign_attrs(long_name="width of the widest window wherever we walked " * 3)
     figures = [
-        plot(ds), compare(ds, refined), compare(ds.drop_vars("ortho_left"), refined),
-        compare(ds, {"refined": refined, "median_filter": refined}),
+        plot(ds), plot(ds, layers=first), plot(ds.isel(x=slice(150)), layers=first),
+        plot(ds.assign(a=long, b=long, c=long == 1).isel(y=slice(150)), layers=["c", "a", "b"]),
+        compare(ds, refined), compare(ds, many), compare(two, refined), compare(two, many),
+        compare(none, refined), compare(none, many),
     ]  # fmt: skip
     for figure in figures:
         figure.draw_without_rendering()
@@ -202,6 +244,32 @@ def test_compare_computes_once_and_mutates_nothing():
         assert len(runs) == 2
     assert sorted(computed) == sorted(set(computed))
     xr.testing.assert_identical(ds, before)
+
+
+def test_a_figure_leaves_the_backend_interactive(tmp_path):
+    """As a notebook's backend is: it turns that on when pyplot first loads it."""
+    (tmp_path / "late_backend.py").write_text(
+        "import matplotlib\n"
+        "from matplotlib.backends.backend_agg import *\n"
+        "matplotlib.interactive(True)\n"
+    )
+    code = (
+        "import matplotlib, numpy, xarray, deepdem.plot as p\n"
+        "z = xarray.DataArray(numpy.eye(3), {'y': [2., 1, 0], 'x': [0., 1, 2]}, ('y', 'x'))\n"
+        "ds = xarray.Dataset({'dsm': z + 1, 'lidar_dsm': z})\n"
+        "assert not matplotlib.is_interactive()\n"
+        "p.FIGURE and matplotlib.is_interactive() or exit('no longer interactive')\n"
+    )
+    paths = [str(tmp_path), *filter(None, sys.path)]
+    environment = os.environ | {
+        "MPLBACKEND": "module://late_backend", "PYTHONPATH": os.pathsep.join(paths),
+    }  # fmt: skip
+    for figure in ("plot(ds)", "compare(ds, z)"):
+        command = [sys.executable, "-c", code.replace("FIGURE", figure)]
+        done = subprocess.run(  # noqa: S603  # our own words
+            command, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
 
 
 def test_nothing_valid_is_drawn_all_the_same():

@@ -202,6 +202,18 @@ def test_a_valid_layer_is_a_mask_and_may_be_an_input(scene):
     assert (refined.notnull() == masked.valid).all()
 
 
+def test_chunks_follow_the_scene_s_where_they_suit(scene, model):
+    def width(cut, **options):
+        big = xr.concat([scene] * 8, "y").isel(x=slice(0, 200)).assign_coords(y=np.arange(2400.0))
+        big = big.rio.write_crs(scene.rio.crs).assign_coords(x=scene.x[:200].values)
+        return big.chunk(y=cut, x=cut).deepdem.refine(model, **options).chunks[0][0]
+
+    assert width(1100) == 1100
+    assert width(100) == 1008  # 21 steps of 48 pixels
+    assert width(2400) == 1008  # one chunk
+    assert width(1100, chunks=500) == 500
+
+
 def test_sources_are_not_changed(scene, model):
     before = scene.copy(deep=True)
     scene.deepdem.refine(model).compute()
@@ -213,7 +225,7 @@ def test_the_same_call_has_the_same_name_and_another_has_another(scene, model):
         return scene.chunk(y=100, x=100).deepdem.refine(model, **options).data.name
 
     assert name() == name()
-    others = {name(), name(overlap=0.25), name(blend="linear"), name(chunks=99), name(fitted())}
+    others = {name(), name(overlap=0.5), name(blend="linear"), name(chunks=99), name(fitted())}
     assert len(others) == 4  # a second model with the same weights is the same model
     changed = fitted()
     with torch.no_grad():
@@ -240,6 +252,8 @@ def test_errors_name_what_is_wrong_and_the_cure(scene, model):
         scene.deepdem.refine(torch.nn.Conv2d(1, 1, 1))
     with pytest.raises(ValueError, match="precision='half'"):
         scene.deepdem.refine(model, precision="half")
+    with pytest.raises(ValueError, match="window=128: the model is centred on chips of 64 px"):
+        scene.deepdem.refine(model, window=128)
     coarse = deepdem.synthetic_scene((64, 64), pixel_size=2.0).deepdem.prepare()
     with pytest.raises(ValueError, match=r"pixels of 2 m.*trained on 1 m"):
         coarse.deepdem.refine(model)
@@ -313,11 +327,11 @@ def _turn(ds: xr.Dataset, turns: int, flip: bool) -> xr.Dataset:
 def test_tta_does_not_know_up_from_down(scene, model):
     """A turned scene gives the turned surface: the mean over all symmetries has them all."""
     square = scene.isel(y=slice(0, 128), x=slice(0, 128))
-    plain = square.deepdem.refine(model).compute()
-    seen = square.deepdem.refine(model, tta=True).compute()
+    plain = square.deepdem.refine(model, overlap=0.5).compute()
+    seen = square.deepdem.refine(model, tta=True, overlap=0.5).compute()
     assert float(abs(seen - plain).max()) > 0.01
     for turns, flip in ((1, False), (2, True)):
-        other = _turn(square, turns, flip).deepdem.refine(model, tta=True).compute()
+        other = _turn(square, turns, flip).deepdem.refine(model, tta=True, overlap=0.5).compute()
         back = _turn(seen.to_dataset(), turns, flip).refined
         np.testing.assert_allclose(other, back, atol=1e-3)
 
