@@ -28,10 +28,21 @@ class DeepDEMDatasetAccessor:
         return prepare(self._ds, **options)
 
     def to_zarr(self, store: Any, **options: Any) -> None:
-        """Write the scene; computes. See `deepdem.scene.scene_to_zarr`."""
-        from deepdem.scene import scene_to_zarr
+        """Write the scene, or what `refine` returned; computes.
 
-        scene_to_zarr(self._ds, store, **options)
+        A scene is written by `deepdem.scene.scene_to_zarr`; a Dataset that `refine` returned
+        (``refined`` with ``refined_std`` or ``filled``) by `deepdem.write.write_zarr`, which can
+        ``resume=True``.
+        """
+        from deepdem.write import dataset_to_zarr
+
+        dataset_to_zarr(self._ds, store, **options)
+
+    def to_cog(self, path: Any, **options: Any) -> None:
+        """Write a GeoTIFF, a band a layer; computes. See `deepdem.cog.write_cog`."""
+        from deepdem.cog import write_cog
+
+        write_cog(self._ds, path, **options)
 
     def chips(self, **options: Any) -> xbatcher.BatchGenerator:
         """Return a generator of chips; see `deepdem.chips.chip_generator`."""
@@ -90,3 +101,15 @@ class DeepDEMArrayAccessor:
         from deepdem.plot import hillshade
 
         return hillshade(self._array, **options)
+
+    def to_zarr(self, store: Any, **options: Any) -> None:
+        """Write the surface, resumable; computes. See `deepdem.write.write_zarr`."""
+        from deepdem.write import write_zarr
+
+        write_zarr(self._array, store, **options)
+
+    def to_cog(self, path: Any, **options: Any) -> None:
+        """Write the surface as a GeoTIFF; computes. See `deepdem.cog.write_cog`."""
+        from deepdem.cog import write_cog
+
+        write_cog(self._array, path, **options)

@@ -5,9 +5,12 @@ and a halo. Both are `map_regions`: it finds the input blocks that a region touc
 kernel with the assembled NumPy arrays. Output chunks share nothing but slivers of the inputs:
 they can be computed in any order, anywhere, and lost and computed again.
 
-Of a block that several output chunks need, one task cuts all the slivers at once, so that the
-block itself can go. A task for each sliver lost: Dask runs it only when its consumer is due, and
-the whole block waits until then (131 blocks of a 16 by 16 raster in memory, against 21 now).
+A raster that is stored (a Zarr array, a file) can be read region by region by the tasks that need
+it: a halo is read twice rather than kept, memory depends on the chunk alone, and there is one task
+a chunk. An input that is itself computed is computed block by block, and of a block that several
+output chunks need one task cuts all the slivers at once, so that the block itself can go. A task
+for each sliver lost: Dask runs it only when its consumer is due, and the whole block waits until
+then (131 blocks of a 16 by 16 raster in memory, against 21 now).
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ from typing import Any, TypeAlias
 import dask.array as da
 import numpy as np
 from dask._task_spec import convert_legacy_graph  # not public, but its tasks are
+from dask.array.core import getter, getter_nofancy
 from dask.base import clone_key, tokenize
+from dask.blockwise import Blockwise
 from dask.highlevelgraph import HighLevelGraph
 from dask.task_spec import DataNode, List, Task, TaskRef
 from numpy.typing import DTypeLike, NDArray
@@ -129,8 +134,8 @@ def _keywords(names: tuple[str, ...], *values: Any) -> dict[str, Any]:
 
 def _assemble(
     kernel: Kernel,
-    pieces: list[list[NDArray[Any] | dict[Where, NDArray[Any]]]],
-    places: list[list[tuple[slice, slice]]],
+    pieces: list[list[Any]],
+    places: list[list[tuple[slice, slice]] | None],
     where: Where,
     region: Box,
     out: Box,
@@ -138,6 +143,10 @@ def _assemble(
 ) -> NDArray[Any]:
     arrays = []
     for parts, slots in zip(pieces, places, strict=True):
+        if slots is None:
+            there = slice(region.y0, region.y1), slice(region.x0, region.x1)
+            arrays.append(getter(parts[0], there))
+            continue
         blocks = [part[where] if isinstance(part, dict) else part for part in parts]
         if len(blocks) == 1 and blocks[0].shape == region.shape:
             arrays.append(blocks[0])
@@ -149,17 +158,53 @@ def _assemble(
     return kernel(arrays, out=out, region=region, **common)
 
 
+def _stored(array: da.Array) -> Any:
+    """Return the key of what `array` is stored in, or None unless it is that, cut into chunks.
+
+    That is so where each chunk's task is ``getter(stored, place)``, as `dask.array.from_array`
+    makes it for xarray's lazy arrays. The first and the last chunk are looked at: all of a
+    Blockwise layer are made by one rule.
+    """
+    layer = array.dask.layers.get(array.name)
+    if not isinstance(layer, Blockwise):
+        return None
+    ys, xs = (_edges(sizes) for sizes in array.chunks)
+    rows, columns = array.numblocks
+    for i, j in {(0, 0), (rows - 1, columns - 1)}:
+        task = layer[(array.name, i, j)]
+        place = slice(ys[i], ys[i + 1], None), slice(xs[j], xs[j + 1], None)
+        if not isinstance(task, Task) or task.func not in (getter, getter_nofancy):
+            return None
+        if len(task.args) != 2 or len(task.dependencies) != 1:
+            return None
+        where = task.args[1]
+        if (where.value if isinstance(where, DataNode) else where) != place:
+            return None
+    (key,) = task.dependencies
+    held = array.dask.layers.get(key, {}).get(key)
+    stored = held.value if isinstance(held, DataNode) else held
+    return key if getattr(stored, "shape", None) == array.shape else None
+
+
 class _Source:
     """One input array: its block grid, and the slivers that are cut of its blocks."""
 
-    def __init__(self, array: da.Array, token: str, again: da.Array):
+    def __init__(self, array: da.Array, token: str, *, direct: bool, reread: bool):
         self.array, self.token = array, token
-        self.again = again
+        self.stored = _stored(array) if direct else None
+        # Needless for what is stored: no block of it is ever held.
+        twice = reread and self.stored is None
+        self.again = read_again(array, seed=token) if twice else array
         self.y, self.x = (_edges(sizes) for sizes in array.chunks)
         self.slivers: dict[Where, dict[Where, tuple[slice, slice]]] = {}
 
-    def pieces(self, region: Box, where: Where) -> tuple[list[Any], list[Any]]:
-        """Return references to what covers `region`, and the place of each in it."""
+    def pieces(self, region: Box, where: Where) -> tuple[list[Any], list[Any] | None]:
+        """Return references to what covers `region`, and the place of each in it.
+
+        None for the places: the one reference is to what is stored.
+        """
+        if self.stored is not None:
+            return [TaskRef(self.stored)], None
         parts, places = [], []
         rows = _touched(self.y, region.y0, region.y1)
         columns = _touched(self.x, region.x0, region.x1)
@@ -193,6 +238,7 @@ def map_regions(
     name: str,
     common: Mapping[str, Any] | None = None,
     planes: int | None = None,
+    direct: bool = False,
     reread: bool = False,
 ) -> da.Array:
     """Return a lazy array each of whose chunks is a kernel of a region of the inputs.
@@ -219,6 +265,10 @@ def map_regions(
         cluster reaches each worker once.
     planes
         The length of a leading dimension of the output, if it has one.
+    direct
+        Whether the kernel's task itself reads its region of an input that is stored. For kernels
+        that end a graph or cost much: tasks that need no other are begun early, and what
+        a cheap one makes would wait for its consumer.
     reread
         Whether slivers are cut from inputs that are read, or computed, once more for that. Then
         a block is in memory only while its own output chunk is computed, whatever the width of
@@ -254,7 +304,7 @@ def map_regions(
     shared = [TaskRef(f"{name}-{keyword}") for keyword in common]
     graph[f"{name}-common"] = Task(f"{name}-common", _keywords, tuple(common), *shared)
     sources = [
-        _Source(array, f"{token}-{n}", read_again(array, seed=token) if reread else array)
+        _Source(array, f"{token}-{n}", direct=direct, reread=reread)
         for n, array in enumerate(arrays)
     ]
     for where, box in boxes.items():

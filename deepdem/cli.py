@@ -105,22 +105,35 @@ def demo(
 def refine(
     store: Annotated[str, typer.Argument(help="The Zarr store with the scene.")],
     model: Annotated[str, typer.Argument(help="A saved model: path or URL.")],
-    out: Annotated[Path, typer.Argument(help="The GeoTIFF to write.")],
+    out: Annotated[
+        str, typer.Argument(help="What to write: x.tif, a COG, or x.zarr, a path or URL.")
+    ],
     group: Annotated[str | None, typer.Option(help="The scene's name in the store.")] = None,
     overlap: Annotated[float, typer.Option(help="Share of a window.")] = 0.5,
     blend: Annotated[str, typer.Option(help="hann, linear, gaussian or none.")] = "hann",
+    chunks: Annotated[int | None, typer.Option(help="Width of the result's chunks.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an x.zarr where it stopped.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an x.zarr that is there.")
+    ] = False,
 ) -> None:
-    """Refine a scene's DSM and write it as a GeoTIFF."""
-    from dask.diagnostics.progress import ProgressBar
-
+    """Refine a scene's DSM and write it as a COG, or as Zarr, which can be resumed."""
     import deepdem
 
+    tif = out.lower().endswith((".tif", ".tiff"))
+    if not (tif or out.rstrip("/").lower().endswith(".zarr")):
+        raise ValueError(f"{out}: name it x.tif for a GeoTIFF or x.zarr for a Zarr store")
+    if tif and resume:
+        raise ValueError(f"{out}: a GeoTIFF cannot be resumed, write x.zarr")
     ds = deepdem.open_scene(store, group)
-    with ProgressBar():
-        ds.deepdem.refine(model, overlap=overlap, blend=blend).rio.to_raster(
-            out, tiled=True, compress="deflate", predictor=3, bigtiff="IF_SAFER", windowed=True
-        )
-    console.print(f"{out}")
+    refined = ds.deepdem.refine(model, overlap=overlap, blend=blend, chunks=chunks or "auto")
+    if tif:
+        refined.deepdem.to_cog(out)
+    else:
+        refined.deepdem.to_zarr(out, resume=resume, overwrite=overwrite)
+    console.print(out)
 
 
 @app.command()

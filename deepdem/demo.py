@@ -111,7 +111,7 @@ def _build(settings: DemoSettings, store: Path, tell: Tell) -> xr.Dataset:
                 f"{settings.scene} holds no {settings.target}.tif: training needs the truth"
             )
         tell("Stacking " + ", ".join(f"{n} ({Path(f).name})" for n, f in layers.items()))
-        scene = stack(layers, like="dsm", chunks=512)
+        scene = _level(stack(layers, like="dsm", chunks=512), settings, tell)
     others = [name for name in truths(map(str, scene.data_vars)) if name != settings.target]
     scene = scene.drop_vars(others)
     from deepdem.derive import prepare
@@ -119,6 +119,24 @@ def _build(settings: DemoSettings, store: Path, tell: Tell) -> xr.Dataset:
     scene_to_zarr(prepare(scene), store, group="scene", overwrite=True)
     tell(f"Scene: {store}, group 'scene'")
     return open_scene(store, "scene")
+
+
+def _level(scene: xr.Dataset, settings: DemoSettings, tell: Tell) -> xr.Dataset:
+    """Return the scene with its DSM at the truth's level.
+
+    A constant offset (a pointing bias, another vertical datum) is for co-registration to remove;
+    a network that learns it would be praised for that. It is taken from the training part only.
+    """
+    train, _ = _parts(scene, settings)
+    offset = float((train["dsm"] - train[settings.target]).compute().median())
+    if not np.isfinite(offset):
+        raise ValueError(
+            f"dsm and {settings.target} share no pixel in the left {settings.train_share:.0f} % "
+            "of the scene, which is trained on"
+        )
+    tell(f"The DSM lies {offset:+.2f} m off the truth (median, training part): removed")
+    with xr.set_options(keep_attrs=True):
+        return scene.assign(dsm=scene["dsm"] - np.float32(offset))
 
 
 def _parts(scene: xr.Dataset, settings: DemoSettings) -> tuple[xr.Dataset, xr.Dataset]:
@@ -182,9 +200,11 @@ def _refine(
 ) -> pd.DataFrame:
     from dask.distributed import Client, LocalCluster
 
+    from deepdem.cog import write_cog
     from deepdem.evaluate import evaluate
     from deepdem.plot import compare
     from deepdem.refine import refine
+    from deepdem.write import write_zarr
 
     height, width = unseen.sizes["y"], unseen.sizes["x"]
     tell(f"Refining {height} by {width} unseen pixels on {settings.workers} Dask workers")
@@ -194,13 +214,12 @@ def _refine(
         ) as cluster,
         Client(cluster),
     ):
-        refined = refine(unseen, model, chunks=512)
-        scene_to_zarr(refined.to_dataset(), store, group="refined", overwrite=True)
+        write_zarr(refine(unseen, model, chunks=512), store, group="refined", overwrite=True)
     refined = open_scene(store, "refined")["refined"]
     tell(f"Refined: {store}, group 'refined'")
     path = settings.out / "refined.tif"
-    refined.rio.to_raster(path, tiled=True, compress="deflate", predictor=3, dtype=np.float32)
-    tell(f"GeoTIFF: {path}")
+    write_cog(refined, path, progress=False)
+    tell(f"GeoTIFF, cloud-optimised: {path}")
     table = evaluate(unseen, refined, truth=settings.target)
     figure = compare(unseen, refined, truth=settings.target)
     figure.savefig(settings.out / "demo.png", dpi=130)

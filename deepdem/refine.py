@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 import dask.array as da
 import numpy as np
 import xarray as xr
+from dask.base import tokenize
 from numpy.typing import NDArray
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.fill import fillnodata
@@ -391,10 +392,13 @@ def refine(
         dtype=np.float32,
         name="refined",
         planes=len(job.planes),
-        reread=True,  # a network is a hundred times dearer than reading its layers
+        # A network is a hundred times dearer than reading its layers.
+        direct=True,
+        reread=True,
         common={"models": refs, "job": job, "how": how},
     )
-    name = blend if isinstance(blend, str) else repr(blend)
+    # A callable has no name that another process would know it by, but its weights.
+    name = blend if isinstance(blend, str) else f"custom-{tokenize(windows.weights)}"
     attrs = _provenance(ds, [ref.spec for ref in refs], how, overlap=spec.chip_size - stride)
     attrs |= {"deepdem_weights": [ref.hash for ref in refs], "deepdem_blend": name}
     return _result(ds, data, job, attrs, _hashes(arrays, cut))
@@ -515,7 +519,7 @@ def _hashes(arrays: Sequence[da.Array], cut: Chunks) -> da.Array:
 
     return map_regions(
         _input_hash, arrays, chunks=chunks_of((len(cut[0]), len(cut[1])), 1), region=own,
-        dtype=np.uint64, name="input-hash",
+        dtype=np.uint64, name="input-hash", direct=True,
     )  # fmt: skip
 
 

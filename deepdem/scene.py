@@ -23,9 +23,12 @@ from deepdem.layers import LAYERS, describe
 from deepdem.sources.raster import RasterSource, geobox_of, open_layer
 
 __all__ = [
+    "as_stored",
     "check_scene",
     "dask_layer",
     "geobox_of",
+    "is_complete",
+    "mark_complete",
     "open_scene",
     "open_scenes",
     "pixel_size",
@@ -35,7 +38,8 @@ __all__ = [
 
 #: Zarr: what is read at once (a window's size), and what is written at once at most.
 INNER_PX, SHARD_PX = 256, 2048
-_COMPLETE = "deepdem_complete"
+#: The attribute of a group that says whether it was written to its end.
+COMPLETE = "deepdem_complete"
 
 
 def stack(
@@ -253,50 +257,75 @@ def scene_to_zarr(
     """
     box = check_scene(ds)
     target = str(store) if isinstance(store, Path) else store
-    if not overwrite and _is_complete(target, group) is not None:
-        if _is_complete(target, group):
+    if not overwrite and is_complete(target, group) is not None:
+        if is_complete(target, group):
             raise FileExistsError(
                 f"{target} holds a scene {group or '(root)'!r}: choose another group, or pass "
                 "overwrite=True"
             )
         overwrite = True  # what is there is the rest of a crash
     sizes = tuple(min(SHARD_PX, -(-n // INNER_PX) * INNER_PX) for n in (box.shape.y, box.shape.x))
-    out = ds.chunk({"y": sizes[0], "x": sizes[1]}).drop_encoding()
-    encoding: dict[str, Any] = {}
-    crs = {"wkt": box.crs.to_wkt()} if box.crs is not None else {}
-    for name, layer in out.data_vars.items():
-        if layer.dims != ("y", "x"):
-            continue
-        encoding[str(name)] = {
-            "chunks": (INNER_PX, INNER_PX),
-            "shards": sizes,
-            "compressors": (BloscCodec(cname="zstd", clevel=5, shuffle="shuffle"),),
-            "grid_mapping": "spatial_ref",
-        }
-        out[name].attrs = {**_json_safe(layer.attrs), "_CRS": crs}
-        out[name].attrs.pop("grid_mapping", None)
-    out.attrs = {**_json_safe(ds.attrs), _COMPLETE: False}
+    out, encoding = as_stored(
+        ds.chunk({"y": sizes[0], "x": sizes[1]}), inner=(INNER_PX, INNER_PX), shards=sizes
+    )
     out.to_zarr(
         target, group=group, mode="w" if overwrite else "w-", encoding=encoding, zarr_format=3,
         consolidated=False,
     )  # fmt: skip
-    written = zarr.open_group(target, path=group or "", mode="r+")
-    written.attrs[_COMPLETE] = True
-    with warnings.catch_warnings():
-        # Zarr warns that consolidated metadata is not yet in the format's third version. A reader
-        # that does not know it passes it over; plain xr.open_zarr of this group asks for it.
-        warnings.simplefilter("ignore", ZarrUserWarning)
-        zarr.consolidate_metadata(written.store, path=written.path, zarr_format=3)
+    mark_complete(target, group)
 
 
-def _is_complete(store: Any, group: str | None) -> bool | None:
+def as_stored(
+    ds: xr.Dataset, *, inner: tuple[int, ...], shards: tuple[int, ...]
+) -> tuple[xr.Dataset, dict[str, dict[str, Any]]]:
+    """Return the dataset as Zarr can hold it, marked half-written, and its layers' encoding.
+
+    Parameters
+    ----------
+    ds
+        A scene, or layers on its grid; stays lazy.
+    inner, shards
+        Pixels (y, x) that are read at once, and that are written at once.
+    """
+    crs: Any = check_scene(ds).crs
+    out = ds.drop_encoding()
+    encoding: dict[str, dict[str, Any]] = {}
+    for name, layer in out.data_vars.items():
+        if layer.dims != ("y", "x"):
+            continue
+        encoding[str(name)] = {
+            "chunks": inner,
+            "shards": shards,
+            "compressors": (BloscCodec(cname="zstd", clevel=5, shuffle="shuffle"),),
+            "grid_mapping": "spatial_ref",
+        }
+        out[name].attrs = {**_json_safe(layer.attrs), "_CRS": {"wkt": crs.to_wkt()}}
+        out[name].attrs.pop("grid_mapping", None)
+    out.attrs = {**_json_safe(ds.attrs), COMPLETE: False}
+    return out, encoding
+
+
+def mark_complete(store: Any, group: str | None) -> None:
+    """Mark a group as written to its end, and consolidate its metadata where the store can."""
+    written = zarr.open_group(store, path=group or "", mode="r+", use_consolidated=False)
+    if getattr(written.store, "supports_consolidated_metadata", True):
+        with warnings.catch_warnings():
+            # Zarr warns that consolidated metadata is not yet in the format's third version. A
+            # reader that does not know it passes it over; plain xr.open_zarr of this group asks
+            # for it.
+            warnings.simplefilter("ignore", ZarrUserWarning)
+            written = zarr.consolidate_metadata(written.store, path=written.path, zarr_format=3)
+    written.attrs[COMPLETE] = True  # last: until then there is something left to do
+
+
+def is_complete(store: Any, group: str | None) -> bool | None:
     """Return whether a scene was written to its end; None if there is none."""
     try:
         attrs = zarr.open_group(store, path=group or "", mode="r").attrs
     except FileNotFoundError:
         return None
     # A group without the mark is either another program's or only a parent of scenes.
-    return bool(attrs[_COMPLETE]) if _COMPLETE in attrs else None
+    return bool(attrs[COMPLETE]) if COMPLETE in attrs else None
 
 
 def _json_safe(attrs: Mapping[Any, Any]) -> dict[str, Any]:
@@ -331,15 +360,16 @@ def open_scene(store: Any, group: str | None = None, *, chunks: Any = "auto") ->
         The scene was left half-written.
     """
     target = str(store) if isinstance(store, Path) else store
-    complete = _is_complete(target, group)
+    complete = is_complete(target, group)
     if complete is False:
         raise ValueError(
             f"the scene {group or '(root)'!r} of {target} is half-written: the process that wrote "
-            "it was stopped; write it again (to_zarr does so without overwrite=True)"
+            "it was stopped; write it again (to_zarr does so without overwrite=True), or, if it is "
+            "a refined surface, go on with refined.deepdem.to_zarr(store, resume=True)"
         )
     try:
         ds = xr.open_zarr(
-            target, group=group, chunks={} if chunks == "auto" else chunks, decode_coords="all",
+            target, group=group, chunks=None if chunks == "auto" else chunks, decode_coords="all",
             consolidated=False, zarr_format=3,
         )  # fmt: skip
     except FileNotFoundError as error:
@@ -362,9 +392,10 @@ def _groups(store: Any) -> str:
 
 
 def _chunk_by_shard(ds: xr.Dataset) -> xr.Dataset:
+    # After opening, not by chunks={}: that is a task for each inner chunk, 64 of them a shard.
     shards = [v.encoding.get("shards") for v in ds.data_vars.values() if v.dims == ("y", "x")]
-    known = [s for s in shards if s]
-    return ds.chunk({"y": known[0][0], "x": known[0][1]}) if known else ds
+    known = [s for s in shards if s] or [(SHARD_PX, SHARD_PX)]
+    return ds.chunk({"y": known[0][0], "x": known[0][1]})
 
 
 def _opened(ds: xr.Dataset) -> xr.Dataset:
@@ -374,7 +405,7 @@ def _opened(ds: xr.Dataset) -> xr.Dataset:
     out = ds[[*known, *rest]]
     for layer in out.data_vars.values():
         layer.attrs = {k: v for k, v in layer.attrs.items() if k != "_CRS"}
-    out.attrs = {k: v for k, v in ds.attrs.items() if k != _COMPLETE}
+    out.attrs = {k: v for k, v in ds.attrs.items() if k != COMPLETE}
     return out
 
 
@@ -401,7 +432,7 @@ def open_scenes(store: Any, *, chunks: Any = "auto") -> xr.DataTree:
     scenes = {
         name: open_scene(store, name, chunks=chunks)
         for name, _ in sorted(root.groups())
-        if _is_complete(target, name)
+        if is_complete(target, name)
     }
     if not scenes:
         raise FileNotFoundError(f"no scene in {target}: write one with ds.deepdem.to_zarr")

@@ -180,3 +180,46 @@ class _Sink:
 
     def __setitem__(self, where, value):
         pass
+
+
+def test_what_is_stored_is_read_region_by_region(tmp_path):
+    """One task a chunk reads just its region of a Zarr array; nothing else is in memory."""
+    import xarray as xr
+
+    class Stored:
+        """Stands for a file: tells what was asked of it."""
+
+        def __init__(self):
+            self.shape, self.dtype, self.ndim = (90, 90), np.dtype(float), 2
+            self.asked = []
+
+        def __getitem__(self, where):
+            self.asked.append(where)
+            return np.arange(8100.0).reshape(90, 90)[where]
+
+    stored = Stored()
+    options = {
+        "chunks": chunks_of((90, 90), 30), "region": _halo((90, 90), 4), "dtype": float,
+        "name": "n", "common": {"factor": 1}, "direct": True, "reread": True,
+    }  # fmt: skip
+    a = da.from_array(stored, chunks=30)
+    lazy = map_regions(_sum, [a], **options)
+    assert sum(str(key).startswith("('cut-") for key in lazy.dask) == 0
+    stored.asked.clear()  # Dask asks for an empty piece to learn the type
+    computed = lazy.compute(scheduler="sync")
+    assert (slice(26, 64), slice(26, 64)) in stored.asked
+    assert len(stored.asked) == 9
+    np.testing.assert_array_equal(computed, stored[:, :])
+
+    xr.Dataset({"v": (("y", "x"), stored[:, :])}).to_zarr(tmp_path / "a.zarr", consolidated=False)
+    opened = xr.open_zarr(tmp_path / "a.zarr", chunks=None, consolidated=False).v.chunk(40)
+    read = map_regions(_sum, [opened.data], **options)
+    assert sum(str(key).startswith("('cut-") for key in read.dask) == 0
+    np.testing.assert_array_equal(read.compute(), stored[:, :])
+    # A slice of it, or what is computed of it, is not what is stored.
+    for other in (opened[2:].data, (opened + 1).data, opened.data.T):
+        shape = other.shape
+        change = {"chunks": chunks_of(shape, 30), "region": _halo(shape, 4)}
+        lazy = map_regions(_sum, [other], **{**options, **change})
+        assert any(str(key).startswith("('cut-") for key in lazy.dask)
+        np.testing.assert_array_equal(lazy.compute(), other.compute())
