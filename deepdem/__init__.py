@@ -13,6 +13,7 @@ from deepdem import accessor as _accessor  # noqa: F401  # registers Dataset.dee
 
 if TYPE_CHECKING:
     from deepdem.data import ChipDataModule
+    from deepdem.legacy import import_checkpoint
     from deepdem.scene import open_scene, open_scenes, stack
     from deepdem.sources.synthetic import synthetic_scene
     from deepdem.train import DeepDEM, load_model
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 _HOME = {
     "ChipDataModule": "deepdem.data",
     "DeepDEM": "deepdem.train",
+    "import_checkpoint": "deepdem.legacy",
     "load_model": "deepdem.train",
     "open_scene": "deepdem.scene",
     "open_scenes": "deepdem.scene",
@@ -33,6 +35,7 @@ __all__ = [
     "ChipDataModule",
     "DeepDEM",
     "__version__",
+    "import_checkpoint",
     "load_model",
     "open_scene",
     "open_scenes",

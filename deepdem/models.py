@@ -37,8 +37,6 @@ __all__ = [
 
 _FORMAT = 1
 _KEY = "deepdem"
-# Standardised images and indices beyond this many standard deviations say no more.
-_CLIP = 10.0
 
 
 @dataclass(frozen=True)
@@ -63,6 +61,9 @@ class ModelSpec:
         Of each layer that is not a height or a mask, over the training scenes; by name.
     uncertainty
         Whether a second output channel predicts the scale of a Laplace distribution.
+    clip
+        Standardised images and indices beyond this many standard deviations say no more; None:
+        they are left as they are.
     options
         Further keywords of the architecture.
     training
@@ -79,6 +80,7 @@ class ModelSpec:
     means: Mapping[str, float] = field(default_factory=dict)
     stds: Mapping[str, float] = field(default_factory=dict)
     uncertainty: bool = False
+    clip: float | None = 10.0
     options: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
 
@@ -276,7 +278,10 @@ class ResidualNet(nn.Module):
             names = [spec.layers[i] for i in self._others]
             mean = x.new_tensor([spec.means[n] for n in names])[:, None, None]
             std = x.new_tensor([spec.stds[n] for n in names])[:, None, None]
-            z[:, self._others] = ((x[:, self._others] - mean) / std).clamp(-_CLIP, _CLIP)
+            others = (x[:, self._others] - mean) / std
+            z[:, self._others] = (
+                others if spec.clip is None else others.clamp(-spec.clip, spec.clip)
+            )
         return torch.nan_to_num_(z, nan=0.0, posinf=0.0, neginf=0.0)
 
     def moments(self, x: Tensor, *, bf16: bool = False) -> tuple[Tensor, Tensor | None]:

@@ -333,9 +333,10 @@ def refine(
     chunks
         The width of the result's chunks; ``"auto"``: those of the scene's DSM, if they are square
         and 1024 to 4096 wide; else about 2048 pixels, a multiple of the step from window to
-        window. Chunks that lie on the scene's need the least memory. Windows that
-        straddle two chunks are computed for both: with windows of 256 at a quarter of
-        overlap they are 27 % more on a large scene in chunks of 2048, 13 % in chunks of 4096.
+        window. A scene smaller than that is one task: it has all cores of its process, but a
+        cluster wants smaller chunks. Chunks that lie on the scene's need the least memory.
+        Windows that straddle two chunks are computed for both: with windows of 256 at a quarter
+        of overlap 27 % more on a large scene in chunks of 2048, 13 % in chunks of 4096.
 
     Returns
     -------
@@ -471,9 +472,7 @@ def _chunk_px(chunks: int | str, ds: xr.Dataset, stride: int) -> int:
         sizes = {sizes[0] for sizes in own if len(sizes) > 1} if own else set()
         if len(sizes) == 1 and 1024 <= min(sizes) <= 4096:
             return int(min(sizes))
-        # A small scene in smaller chunks, so that there is work for several workers.
-        wanted = 2048 if min(ds["dsm"].shape) >= 4096 else 1024
-        return max(round(wanted / stride), 1) * stride
+        return max(round(2048 / stride), 1) * stride
     if not isinstance(chunks, int) or chunks < 1:
         raise ValueError(f"chunks={chunks!r}: pass 'auto' or a width in pixels")
     return chunks

@@ -17,7 +17,7 @@ from torch import Tensor
 from deepdem.data import Batch, Statistics
 from deepdem.models import ModelSpec, ResidualNet, build_network, read_model, write_model
 
-__all__ = ["LOSSES", "DeepDEM", "load_model"]
+__all__ = ["LOSSES", "DeepDEM", "load_model", "model_of"]
 
 log = logging.getLogger(__name__)
 
@@ -318,7 +318,11 @@ def load_model(path: str | PathLike[str]) -> DeepDEM:
     ValueError
         The file is no model file, or a newer version's, or its weights do not fit.
     """
-    net = read_model(path)
+    return model_of(read_model(path))
+
+
+def model_of(net: ResidualNet) -> DeepDEM:
+    """Return a DeepDEM, in evaluation mode, with the weights and the description of `net`."""
     spec = net.spec
     model = DeepDEM(
         spec.layers, spec.target, architecture=spec.architecture, encoder=spec.encoder,

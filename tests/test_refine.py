@@ -209,8 +209,8 @@ def test_chunks_follow_the_scene_s_where_they_suit(scene, model):
         return big.chunk(y=cut, x=cut).deepdem.refine(model, **options).chunks[0][0]
 
     assert width(1100) == 1100
-    assert width(100) == 1008  # 21 steps of 48 pixels
-    assert width(2400) == 1008  # one chunk
+    assert width(100) == 2064  # 43 steps of 48 pixels
+    assert width(2400) == 2064  # one chunk
     assert width(1100, chunks=500) == 500
 
 
