@@ -1,0 +1,76 @@
+"""Seams at windows' edges with networks whose answer is known (measure 11)."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from common import Result, options, report, seam
+
+from deepdem.blocks import Box
+from deepdem.refine import Job, Windows, refine, refine_block
+from deepdem.windows import blend_weights, overlap_px, window_grid
+
+Fields = Iterable[tuple[np.ndarray, None]]
+CONSTANT_M = 3.0
+
+
+def constant(batches: Iterator[np.ndarray]) -> Fields:
+    for batch in batches:
+        yield np.full(batch[:, 0].shape, CONSTANT_M, dtype=np.float32), None
+
+
+def own_mean(batches: Iterator[np.ndarray]) -> Fields:
+    for batch in batches:
+        mean = batch[:, 0].mean(axis=(1, 2), keepdims=True)
+        yield np.broadcast_to(mean, batch[:, 0].shape).astype(np.float32), None
+
+
+def correction(
+    surface: np.ndarray, predictor: Any, blend: str, overlap: float, width: int
+) -> np.ndarray:
+    """Return refined minus initial."""
+    stride = width - overlap_px(overlap, width)
+    line = tuple(map(float, blend_weights(blend, width)))
+    windows = Windows(window_grid(surface.shape, width, stride), line)
+    whole = Box(0, surface.shape[0], 0, surface.shape[1])
+    job = Job(windows=windows, layers=("dsm",), batch_size=8)
+    refined: np.ndarray = refine_block([surface], predictor, job, out=whole, region=whole)[0]
+    return refined - surface
+
+
+def rough(size: int) -> np.ndarray:
+    """Return a surface that is rough at every scale, metres: the steps of a random walk, summed."""
+    rng = np.random.default_rng(0)
+    ground = sum(np.cumsum(rng.normal(size=(size, size)), axis=axis) for axis in (0, 1))
+    return (0.5 * ground + rng.normal(size=(size, size))).astype(np.float32)
+
+
+def main() -> None:
+    args = options(__doc__)
+    size, width = (400, 64) if args.size == "small" else (2000, 256)
+    surface = rough(size)
+    flat = correction(surface, constant, "hann", 0.25, width)
+    ulp = float(np.spacing(np.abs(surface).max() + CONSTANT_M))
+    results = [
+        Result("11. a constant residual: largest deviation, in the surface's float32 steps",
+               float(np.abs(flat - CONSTANT_M).max()) / ulp, 1.0,
+               note=f"one step is {1e6 * ulp:.1f} micrometres"),
+    ]  # fmt: skip
+    chosen = inspect.signature(refine).parameters["overlap"].default
+    for overlap in sorted({0.125, 0.25, 0.5, chosen}):
+        stride = width - overlap_px(overlap, width)
+        jumps = {
+            blend: seam(correction(surface, own_mean, blend, overlap, width), width, stride)
+            for blend in ("hann", "none")
+        }
+        name = f"11. the window's mean, overlap {overlap:g}: jumps at edges, hann / none"
+        note = f"{jumps['hann']:.5f} m / {jumps['none']:.3f} m"
+        results.append(Result(name, jumps["hann"] / jumps["none"], 0.05, note=note))
+    report(results)
+
+
+if __name__ == "__main__":
+    main()
