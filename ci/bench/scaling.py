@@ -119,13 +119,18 @@ def invariance(cache: Path, *, small: bool, encoder: str) -> Result:
 
 
 def main() -> None:
-    args = options(__doc__)
+    args = options(__doc__, only={"choices": ["time", "invariance"], "help": "leave the other out"})
     small = args.size == "small"
     encoder = "tu-mobilenetv3_small_050" if small else "resnet18"
     torch.set_num_threads(CORES)
     with folder(args) as cache:
         stored_scene(cache, 512)
-        report([invariance(cache, small=small, encoder=encoder), *timed(cache, args, encoder)])
+        results = []
+        if args.only != "time":
+            results.append(invariance(cache, small=small, encoder=encoder))
+        if args.only != "invariance":
+            results += timed(cache, args, encoder)
+    report(results)
 
 
 if __name__ == "__main__":
