@@ -14,8 +14,9 @@ from deepdem import accessor as _accessor  # noqa: F401  # registers Dataset.dee
 if TYPE_CHECKING:
     from deepdem.data import ChipDataModule
     from deepdem.legacy import import_checkpoint
-    from deepdem.scene import open_scene, open_scenes, stack
+    from deepdem.scene import stack
     from deepdem.sources.synthetic import synthetic_scene
+    from deepdem.store import open_scene, open_scenes
     from deepdem.train import DeepDEM, load_model
 
 __version__ = "0.1.0"
@@ -25,8 +26,8 @@ _HOME = {
     "DeepDEM": "deepdem.train",
     "import_checkpoint": "deepdem.legacy",
     "load_model": "deepdem.train",
-    "open_scene": "deepdem.scene",
-    "open_scenes": "deepdem.scene",
+    "open_scene": "deepdem.store",
+    "open_scenes": "deepdem.store",
     "stack": "deepdem.scene",
     "synthetic_scene": "deepdem.sources.synthetic",
 }

@@ -30,7 +30,7 @@ class DeepDEMDatasetAccessor:
     def to_zarr(self, store: Any, **options: Any) -> None:
         """Write the scene, or what `refine` returned; computes.
 
-        A scene is written by `deepdem.scene.scene_to_zarr`; a Dataset that `refine` returned
+        A scene is written by `deepdem.store.scene_to_zarr`; a Dataset that `refine` returned
         (``refined`` with ``refined_std`` or ``filled``) by `deepdem.write.write_zarr`, which can
         ``resume=True``.
         """

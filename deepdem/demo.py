@@ -15,7 +15,8 @@ import numpy as np
 import xarray as xr
 
 from deepdem.layers import describe, truths
-from deepdem.scene import open_scene, scene_to_zarr, stack
+from deepdem.scene import stack
+from deepdem.store import open_scene, scene_to_zarr
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -1,45 +1,30 @@
-"""One scene on one grid: stack it, check it, write it to Zarr and open it again."""
+"""One scene on one grid: stack it and check it."""
 
 from __future__ import annotations
 
-import json
-import warnings
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import dask.array as da
-import numpy as np
 import rasterio.enums
 import xarray as xr
-import zarr
 from odc.geo.geobox import GeoBox
 from odc.geo.geom import BoundingBox
-from zarr.codecs import BloscCodec
-from zarr.errors import ZarrUserWarning
 
 from deepdem.grid import Bounds, crop_grid, grid_from, pixel_size_m, regrid
-from deepdem.layers import LAYERS, describe
+from deepdem.layers import describe
 from deepdem.sources.raster import RasterSource, geobox_of, open_layer
 
 __all__ = [
-    "as_stored",
     "check_scene",
     "dask_layer",
     "geobox_of",
-    "is_complete",
-    "mark_complete",
-    "open_scene",
-    "open_scenes",
     "pixel_size",
-    "scene_to_zarr",
     "stack",
 ]
 
-#: Zarr: what is read at once (a window's size), and what is written at once at most.
-INNER_PX, SHARD_PX = 256, 2048
-#: The attribute of a group that says whether it was written to its end.
-COMPLETE = "deepdem_complete"
+#: Of Dask chunks, unless something else is asked for.
+CHUNK_PX = 2048
 
 
 def stack(
@@ -50,7 +35,7 @@ def stack(
     resolution: float | None = None,
     bounds: Bounds = "intersection",
     resampling: Mapping[str, str] | str | None = None,
-    chunks: int = 2048,
+    chunks: int = CHUNK_PX,
 ) -> xr.Dataset:
     """Return one scene: every layer on one grid, lazy; nothing but headers is read.
 
@@ -216,7 +201,7 @@ def check_scene(ds: xr.Dataset, layers: Iterable[str] = ()) -> GeoBox:
 
 def dask_layer(ds: xr.Dataset, name: str) -> da.Array:
     """Return a layer's pixels as a Dask array; reads none, whether or not the scene is chunked."""
-    layer = ds[name] if ds[name].chunks is not None else ds[name].chunk(SHARD_PX)
+    layer = ds[name] if ds[name].chunks is not None else ds[name].chunk(CHUNK_PX)
     assert isinstance(layer.data, da.Array)
     return layer.data
 
@@ -224,216 +209,3 @@ def dask_layer(ds: xr.Dataset, name: str) -> da.Array:
 def pixel_size(ds: xr.Dataset) -> float:
     """Return the scene's pixel size in metres on the ground."""
     return pixel_size_m(check_scene(ds))
-
-
-def scene_to_zarr(
-    ds: xr.Dataset,
-    store: Any,
-    *,
-    group: str | None = None,
-    overwrite: bool = False,
-) -> None:
-    """Write a scene to a Zarr store, chunk by chunk; computes.
-
-    Zarr format 3, zstd with byte shuffle, one shard a Dask chunk with inner chunks of 256 pixels.
-    The CRS is in ``spatial_ref`` (CF) and, for GDAL, in each array's ``_CRS``. A group that was
-    left half-written by a crash is known as such: it is written again.
-
-    Parameters
-    ----------
-    ds
-        The scene. Scenes in memory are cut into chunks of 2048.
-    store
-        A path, a URL that fsspec knows, or any Zarr store.
-    group
-        The scene's name in the store; several scenes are groups of one store.
-    overwrite
-        Whether a finished scene of that name may be replaced.
-
-    Raises
-    ------
-    FileExistsError
-        There is a finished scene of that name and `overwrite` is False.
-    """
-    box = check_scene(ds)
-    target = str(store) if isinstance(store, Path) else store
-    if not overwrite and is_complete(target, group) is not None:
-        if is_complete(target, group):
-            raise FileExistsError(
-                f"{target} holds a scene {group or '(root)'!r}: choose another group, or pass "
-                "overwrite=True"
-            )
-        overwrite = True  # what is there is the rest of a crash
-    sizes = tuple(min(SHARD_PX, -(-n // INNER_PX) * INNER_PX) for n in (box.shape.y, box.shape.x))
-    out, encoding = as_stored(
-        ds.chunk({"y": sizes[0], "x": sizes[1]}), inner=(INNER_PX, INNER_PX), shards=sizes
-    )
-    out.to_zarr(
-        target, group=group, mode="w" if overwrite else "w-", encoding=encoding, zarr_format=3,
-        consolidated=False,
-    )  # fmt: skip
-    mark_complete(target, group)
-
-
-def as_stored(
-    ds: xr.Dataset, *, inner: tuple[int, ...], shards: tuple[int, ...]
-) -> tuple[xr.Dataset, dict[str, dict[str, Any]]]:
-    """Return the dataset as Zarr can hold it, marked half-written, and its layers' encoding.
-
-    Parameters
-    ----------
-    ds
-        A scene, or layers on its grid; stays lazy.
-    inner, shards
-        Pixels (y, x) that are read at once, and that are written at once.
-    """
-    crs: Any = check_scene(ds).crs
-    out = ds.drop_encoding()
-    encoding: dict[str, dict[str, Any]] = {}
-    for name, layer in out.data_vars.items():
-        if layer.dims != ("y", "x"):
-            continue
-        encoding[str(name)] = {
-            "chunks": inner,
-            "shards": shards,
-            "compressors": (BloscCodec(cname="zstd", clevel=5, shuffle="shuffle"),),
-            "grid_mapping": "spatial_ref",
-        }
-        out[name].attrs = {**_json_safe(layer.attrs), "_CRS": {"wkt": crs.to_wkt()}}
-        out[name].attrs.pop("grid_mapping", None)
-    out.attrs = {**_json_safe(ds.attrs), COMPLETE: False}
-    return out, encoding
-
-
-def mark_complete(store: Any, group: str | None) -> None:
-    """Mark a group as written to its end, and consolidate its metadata where the store can."""
-    written = zarr.open_group(store, path=group or "", mode="r+", use_consolidated=False)
-    if getattr(written.store, "supports_consolidated_metadata", True):
-        with warnings.catch_warnings():
-            # Zarr warns that consolidated metadata is not yet in the format's third version. A
-            # reader that does not know it passes it over; plain xr.open_zarr of this group asks
-            # for it.
-            warnings.simplefilter("ignore", ZarrUserWarning)
-            written = zarr.consolidate_metadata(written.store, path=written.path, zarr_format=3)
-    written.attrs[COMPLETE] = True  # last: until then there is something left to do
-
-
-def is_complete(store: Any, group: str | None) -> bool | None:
-    """Return whether a scene was written to its end; None if there is none."""
-    try:
-        attrs = zarr.open_group(store, path=group or "", mode="r").attrs
-    except FileNotFoundError:
-        return None
-    # A group without the mark is either another program's or only a parent of scenes.
-    return bool(attrs[COMPLETE]) if COMPLETE in attrs else None
-
-
-def _json_safe(attrs: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return attrs that Zarr can store: NumPy scalars and arrays as Python's, the rest as text."""
-    return {str(k): json.loads(json.dumps(v, default=_plain)) for k, v in attrs.items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.generic | np.ndarray):
-        return value.tolist()
-    return str(value)
-
-
-def open_scene(store: Any, group: str | None = None, *, chunks: Any = "auto") -> xr.Dataset:
-    """Return a scene of a Zarr store, lazy.
-
-    Parameters
-    ----------
-    store
-        A path, a URL that fsspec knows, or any Zarr store.
-    group
-        The scene's name; not needed where the store is one scene.
-    chunks
-        ``"auto"``: one Dask chunk a shard, as it was written. Otherwise as in
-        `xarray.open_zarr`.
-
-    Raises
-    ------
-    FileNotFoundError
-        There is no such store or group; the message says which groups there are.
-    ValueError
-        The scene was left half-written.
-    """
-    target = str(store) if isinstance(store, Path) else store
-    complete = is_complete(target, group)
-    if complete is False:
-        raise ValueError(
-            f"the scene {group or '(root)'!r} of {target} is half-written: the process that wrote "
-            "it was stopped; write it again (to_zarr does so without overwrite=True), or, if it is "
-            "a refined surface, go on with refined.deepdem.to_zarr(store, resume=True)"
-        )
-    try:
-        ds = xr.open_zarr(
-            target, group=group, chunks=None if chunks == "auto" else chunks, decode_coords="all",
-            consolidated=False, zarr_format=3,
-        )  # fmt: skip
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"no scene {group or '(root)'!r} in {target}; {_groups(target)}"
-        ) from error
-    if not ds.data_vars:
-        raise FileNotFoundError(f"{target} is no scene by itself: pass group=; {_groups(target)}")
-    if chunks == "auto":
-        ds = _chunk_by_shard(ds)
-    return _opened(ds)
-
-
-def _groups(store: Any) -> str:
-    try:
-        names = sorted(name for name, _ in zarr.open_group(store, mode="r").groups())
-    except FileNotFoundError:
-        return "there is no Zarr store there"
-    return f"its groups are {names}"
-
-
-def _chunk_by_shard(ds: xr.Dataset) -> xr.Dataset:
-    # After opening, not by chunks={}: that is a task for each inner chunk, 64 of them a shard.
-    shards = [v.encoding.get("shards") for v in ds.data_vars.values() if v.dims == ("y", "x")]
-    known = [s for s in shards if s] or [(SHARD_PX, SHARD_PX)]
-    return ds.chunk({"y": known[0][0], "x": known[0][1]})
-
-
-def _opened(ds: xr.Dataset) -> xr.Dataset:
-    # Zarr lists arrays as the file system does.
-    known = [name for name in LAYERS if name in ds.data_vars]
-    rest = sorted(str(name) for name in ds.data_vars if name not in LAYERS)
-    out = ds[[*known, *rest]]
-    for layer in out.data_vars.values():
-        layer.attrs = {k: v for k, v in layer.attrs.items() if k != "_CRS"}
-    out.attrs = {k: v for k, v in ds.attrs.items() if k != COMPLETE}
-    return out
-
-
-def open_scenes(store: Any, *, chunks: Any = "auto") -> xr.DataTree:
-    """Return all finished scenes of a Zarr store as a tree, lazy: one node a scene.
-
-    Parameters
-    ----------
-    store, chunks
-        As in `open_scene`.
-
-    Raises
-    ------
-    FileNotFoundError
-        There is no store, or no scene in it.
-
-    Examples
-    --------
-    >>> for name, node in deepdem.open_scenes("scenes.zarr").children.items():
-    ...     print(name, node.to_dataset().sizes)
-    """
-    target = str(store) if isinstance(store, Path) else store
-    root = zarr.open_group(target, mode="r")
-    scenes = {
-        name: open_scene(store, name, chunks=chunks)
-        for name, _ in sorted(root.groups())
-        if is_complete(target, name)
-    }
-    if not scenes:
-        raise FileNotFoundError(f"no scene in {target}: write one with ds.deepdem.to_zarr")
-    return xr.DataTree.from_dict(scenes)

@@ -33,12 +33,12 @@ from zarr.core.sync import sync  # not public, but neither is another way to del
 
 from deepdem._run import Key, active_scheduler, compute, progress_bar
 from deepdem.blocks import Chunks, chunks_of
-from deepdem.scene import (
+from deepdem.scene import check_scene
+from deepdem.store import (
     COMPLETE,
     INNER_PX,
     SHARD_PX,
     as_stored,
-    check_scene,
     is_complete,
     mark_complete,
     scene_to_zarr,

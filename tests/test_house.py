@@ -39,6 +39,7 @@ ROOMS = (
     "clahe",
     "derive",
     "scene",
+    "store",
     "chips",
     "models",
     "data",
