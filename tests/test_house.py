@@ -102,7 +102,7 @@ def _everything() -> list[Path]:
     files = [path for top in tops for path in (ROOT / top).rglob("*") if path.is_file()]
     files += [path for path in ROOT.iterdir() if path.is_file()]
     text = {".py", ".md", ".toml", ".yml", ".yaml", ".ipynb", ".cfg", ".sh", ".txt", ""}
-    hidden = {"__pycache__", ".ipynb_checkpoints"}
+    hidden = {"__pycache__", ".ipynb_checkpoints", ".git"}  # in a worktree .git is a file
     return [f for f in files if f.suffix in text and not hidden & set(f.parts)]
 
 
