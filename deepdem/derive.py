@@ -1,12 +1,12 @@
-"""Derived layers: the vegetation index, equalised orthos, and the mask of what is valid.
+"""Derived layers: vegetation index, equalised orthos, clipped errors, what is valid, and more.
 
 Each is a kernel (arrays in, arrays out) and a thin lazy wrapper; `equalise` has its kernels in
-`deepdem.clahe`.
+`deepdem.clahe`, the slope its own in `deepdem.terrain`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import dask.array as da
@@ -18,12 +18,31 @@ from dask.base import tokenize
 from deepdem.blocks import read_again
 from deepdem.clahe import Clahe, equalise_array
 from deepdem.layers import describe, truths
+from deepdem.terrain import slope
 
-__all__ = ["equalise", "ndvi", "prepare", "valid_mask"]
+__all__ = [
+    "HLS_BANDS",
+    "canopy_height",
+    "clip_error",
+    "equalise",
+    "hls_bands",
+    "hls_ndvi",
+    "hls_reflectance",
+    "ndvi",
+    "prepare",
+    "valid_mask",
+]
 
 Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
 Limits = tuple[float, float] | None
+
+#: The red and the near-infrared band of NASA's Harmonized Landsat Sentinel-2 products. Sentinel-2's
+#: B05 is a red edge, and its B08 is broader than Landsat's near infrared, to which B8A is matched.
+HLS_BANDS = {"L30": ("B04", "B05"), "S30": ("B04", "B8A")}
+# Of an HLS reflectance: its step, its fill value, and what a surface can have (the limits that
+# Landsat's surface reflectance is encoded in).
+_HLS_SCALE, _HLS_FILL, _HLS_RANGE = 1e-4, -9999, (-0.2, 1.6)
 
 # What says how the old values were stored; a derived layer has others.
 _CODING = frozenset(
@@ -47,6 +66,26 @@ def _ndvi(red: Array, nir: Array) -> Float32:
         total = nir + red
         index = (nir - red) / total
         return np.where((total > 0) & (np.abs(index) <= 1), index, np.float32(np.nan))
+
+
+def _hls_reflectance(numbers: Array) -> Float32:
+    values = numbers.astype(np.float32) * np.float32(_HLS_SCALE)
+    low, high = _HLS_RANGE
+    known = (numbers != _HLS_FILL) & (values >= low) & (values <= high)
+    return np.where(known, values, np.float32(np.nan))
+
+
+def _clip_error(error: Array, *heights: Array, max_m: float) -> Float32:
+    """Clip errors; where there is a height but no error, the error is as great as can be."""
+    clipped = np.minimum(error.astype(np.float32, copy=False), np.float32(max_m))
+    clipped = np.where(clipped >= 0, clipped, np.float32(np.nan))
+    for height in heights:
+        clipped = np.where(np.isnan(clipped) & np.isfinite(height), np.float32(max_m), clipped)
+    return clipped
+
+
+def _canopy_height(surface: Array, ground: Array) -> Float32:
+    return np.asarray(surface.astype(np.float32) - ground.astype(np.float32))
 
 
 def _inside(*arrays: Array, limits: tuple[Limits, ...]) -> npt.NDArray[np.bool_]:
@@ -100,6 +139,164 @@ def ndvi(red: xr.DataArray, nir: xr.DataArray) -> xr.DataArray:
         _ndvi, red, nir, dask="parallelized", output_dtypes=[np.float32], keep_attrs=False
     )
     return _dressed(index, "ndvi", like=red)
+
+
+def hls_bands(product: str) -> tuple[str, str]:
+    """Return the names of the red and the near-infrared band of an HLS product.
+
+    Parameters
+    ----------
+    product
+        ``"L30"`` or ``"S30"``, or anything that names one: a collection (``HLSL30_2.0``), a
+        granule or a file (``HLS.S30.T31TFJ.2020123T103619.v2.0``).
+
+    Raises
+    ------
+    ValueError
+        Neither or both are named: pass ``"L30"`` (Landsat) or ``"S30"`` (Sentinel-2).
+
+    Examples
+    --------
+    >>> hls_bands("HLS.S30.T31TFJ.2020123T103619.v2.0.B04.tif")
+    ('B04', 'B8A')
+    """
+    named = [bands for key, bands in HLS_BANDS.items() if key in product.upper()]
+    if len(named) != 1:
+        raise ValueError(
+            f"{product!r} names no HLS product: pass 'L30' (Landsat) or 'S30' (Sentinel-2), or the "
+            "name of a collection, a granule or a file that has one of them in it"
+        )
+    return named[0]
+
+
+def hls_reflectance(numbers: xr.DataArray) -> xr.DataArray:
+    """Return surface reflectance from the digital numbers of an HLS band.
+
+    Parameters
+    ----------
+    numbers
+        Digital numbers as the file holds them: int16, scale 0.0001, fill value -9999; or floats
+        that have NaN for the fill value.
+
+    Returns
+    -------
+    DataArray
+        float32, units 1, lazy where the input is. NaN where it is NaN or the fill value, and where
+        the reflectance is outside [-0.2, 1.6], which is what Landsat's products can encode.
+
+    Raises
+    ------
+    ValueError
+        The numbers have been scaled already (``encoding["scale_factor"]``): use them as they are,
+        or open the file with ``mask_and_scale=False``.
+
+    Examples
+    --------
+    >>> hls_reflectance(xr.DataArray(np.array([1500, -9999, 30000], "int16"))).values
+    array([0.15,  nan,  nan], dtype=float32)
+    """
+    if "scale_factor" in numbers.encoding:
+        raise ValueError(
+            f"{numbers.name!r} has been scaled already (scale_factor="
+            f"{numbers.encoding['scale_factor']} is in its encoding): use it as it is, or open "
+            "the file with mask_and_scale=False"
+        )
+    reflectance = xr.apply_ufunc(
+        _hls_reflectance, numbers, dask="parallelized", output_dtypes=[np.float32], keep_attrs=True
+    )
+    return _dressed(reflectance, numbers.name, like=numbers)
+
+
+def hls_ndvi(red: xr.DataArray, nir: xr.DataArray) -> xr.DataArray:
+    """Return the vegetation index of two HLS bands, given as digital numbers; see `hls_bands`.
+
+    As `ndvi` of the `hls_reflectance` of both: NaN where either has the fill value or is out of
+    range, or the index is.
+
+    Raises
+    ------
+    ValueError
+        The grids differ, or a band has been scaled already.
+
+    Examples
+    --------
+    >>> red, nir = (xr.DataArray(np.array([v, -9999], "int16")) for v in (1000, 3000))
+    >>> hls_ndvi(red, nir).values
+    array([0.5, nan], dtype=float32)
+    """
+    return ndvi(hls_reflectance(red), hls_reflectance(nir))
+
+
+def clip_error(
+    error: xr.DataArray, dsm: xr.DataArray | None = None, *, max_m: float
+) -> xr.DataArray:
+    """Return the triangulation error, none above `max_m`, and filled where there is a height.
+
+    A blunder's error of a hundred metres says no more than one of ten, but widens the standard
+    deviation by which a network scales the layer.
+
+    Parameters
+    ----------
+    error
+        Metres, ``(y, x)``. Negative is no data: stereo programs write -1.
+    dsm
+        If given: where it has a height and the error none (holes that the stereo program filled),
+        the error becomes `max_m`. Nothing is known of such a height, and it does not get lost.
+    max_m
+        Metres.
+
+    Returns
+    -------
+    DataArray
+        ``triangulation_error``, float32, metres, lazy where the inputs are; NaN is no data.
+        ``attrs["clipped_at_m"]`` tells the limit.
+
+    Raises
+    ------
+    ValueError
+        `max_m` is not positive, or the grids differ.
+
+    Examples
+    --------
+    >>> error, dsm = xr.DataArray([0.4, 99.0, -1.0]), xr.DataArray([7.0, 7.0, 7.0])
+    >>> clip_error(error, dsm, max_m=5).values
+    array([0.4, 5. , 5. ], dtype=float32)
+    """
+    if not max_m > 0:
+        raise ValueError(f"clip_error got max_m={max_m!r}: pass the greatest error to keep, metres")
+    layers = [error] if dsm is None else [error, dsm]
+    clipped = xr.apply_ufunc(
+        _clip_error, *layers, kwargs={"max_m": float(max_m)}, dask="parallelized",
+        output_dtypes=[np.float32], keep_attrs=False,
+    )  # fmt: skip
+    clipped.attrs = {**error.attrs, "clipped_at_m": float(max_m)}
+    return _dressed(clipped, "triangulation_error", like=error)
+
+
+def canopy_height(lidar_dsm: xr.DataArray, lidar_dtm: xr.DataArray) -> xr.DataArray:
+    """Return the height of trees and buildings, lidar_dsm - lidar_dtm.
+
+    Returns
+    -------
+    DataArray
+        ``canopy_height``, float32, metres, lazy where the inputs are, NaN where either is. A few
+        centimetres below zero are the lidar's noise and stay.
+
+    Raises
+    ------
+    ValueError
+        The grids differ: put both on one grid, as `deepdem.stack` does.
+
+    Examples
+    --------
+    >>> float(canopy_height(xr.DataArray(112.5), xr.DataArray(100.0)))
+    12.5
+    """
+    height = xr.apply_ufunc(
+        _canopy_height, lidar_dsm, lidar_dtm, dask="parallelized", output_dtypes=[np.float32],
+        keep_attrs=False,
+    )  # fmt: skip
+    return _dressed(height, "canopy_height", like=lidar_dsm)
 
 
 def equalise(
@@ -239,6 +436,9 @@ def prepare(
     *,
     needs: Iterable[str] | None = None,
     equalise_orthos: bool | Mapping[str, Any] = True,
+    error_max_m: float | None = None,
+    fill_error: bool = False,
+    add: Iterable[str] = (),
 ) -> xr.Dataset:
     """Return the scene with the derived layers that a network wants: ndvi, equalised orthos, valid.
 
@@ -255,6 +455,14 @@ def prepare(
     equalise_orthos
         Whether to equalise every layer that is an image, or the options of `equalise` to do it
         with. One that is equalised already (``attrs["equalised"]``) stays as it is.
+    error_max_m
+        Triangulation errors above it are set to it, see `clip_error`. Default: as they come.
+    fill_error
+        Whether the triangulation error is `error_max_m` where there is a ``dsm`` but no error.
+        Otherwise such pixels are not valid.
+    add
+        More layers: ``"slope"`` of the ``dsm`` (degrees), ``"canopy_height"`` (lidar_dsm -
+        lidar_dtm, metres; made of truths, so that it is no input and does not count in ``valid``).
 
     Returns
     -------
@@ -264,7 +472,8 @@ def prepare(
     Raises
     ------
     ValueError
-        A layer in `needs` is not there or is a truth, or nothing is left to be valid.
+        A layer in `needs` or one that `add` is made of is not there, one in `needs` is a truth,
+        nothing is left to be valid, or `fill_error` lacks what to fill in.
 
     Notes
     -----
@@ -287,6 +496,8 @@ def prepare(
                 output_dtypes=[np.result_type(layer.dtype, np.float32)],
             )  # fmt: skip
             layers[name] = layer.copy(data=inside.data)
+    layers |= _clipped(layers, error_max_m, fill=fill_error)
+    layers |= _added(layers, [add] if isinstance(add, str) else list(add))
     if "ndvi" not in layers and {"red", "nir"} <= layers.keys():
         layers["ndvi"] = ndvi(layers["red"], layers["nir"])
     valid = valid_mask(layers, _needed(layers, needs))
@@ -302,11 +513,55 @@ def prepare(
     return ds.assign({**layers, "valid": valid})
 
 
+def _clipped(
+    layers: Mapping[str, xr.DataArray], max_m: float | None, *, fill: bool
+) -> dict[str, xr.DataArray]:
+    if max_m is None:
+        if fill:
+            raise ValueError("fill_error=True fills in error_max_m: pass it too, in metres")
+        return {}
+    name = "triangulation_error"
+    if name not in layers:
+        return {}
+    if fill and "dsm" not in layers:
+        raise ValueError("fill_error=True fills the error where there is a dsm: the scene has none")
+    return {name: clip_error(layers[name], layers["dsm"] if fill else None, max_m=max_m)}
+
+
+def _slope(dsm: xr.DataArray) -> xr.DataArray:
+    steep = slope(dsm).astype(np.float32)
+    # Lazy where the scene is: terrain's kernels go through Dask in any case.
+    return _dressed(steep if dsm.chunks else steep.compute(scheduler="sync"), "slope", like=dsm)
+
+
+#: Layers that `prepare` adds if asked: what they are made of, and how.
+_ADDED: dict[str, tuple[tuple[str, ...], Callable[..., xr.DataArray]]] = {
+    "slope": (("dsm",), _slope),
+    "canopy_height": (("lidar_dsm", "lidar_dtm"), canopy_height),
+}
+
+
+def _added(layers: Mapping[str, xr.DataArray], names: list[str]) -> dict[str, xr.DataArray]:
+    made = {}
+    for name in names:
+        if name not in _ADDED:
+            raise ValueError(f"add={name!r}: pass one or more of {sorted(_ADDED)}")
+        sources, make = _ADDED[name]
+        if missing := [source for source in sources if source not in layers]:
+            raise ValueError(
+                f"add={name!r} is made of {list(sources)}, and the scene lacks {missing}: stack "
+                "them into the scene"
+            )
+        made[name] = make(*(layers[source] for source in sources))
+    return made
+
+
 def _needed(layers: Mapping[str, Any], needs: Iterable[str] | None) -> list[str]:
     """The layers that count in ``valid``, a ``valid`` that is there already among them."""
     if needs is None:
         spare = {"red", "nir"} if "ndvi" in layers else set()
-        needs = (n for n in layers if describe(n).role not in ("truth", "mask") and n not in spare)
+        needs = (n for n in layers if describe(n).role not in ("truth", "stratum", "mask")
+                 and n not in spare)  # fmt: skip
     names = [needs] if isinstance(needs, str) else [str(name) for name in needs]
     if wrong := truths(names):
         raise ValueError(

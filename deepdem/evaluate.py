@@ -425,7 +425,8 @@ def _stratification(
         values = on_grid_of(ds, source, name)
     else:
         name = source
-        if name in STRATA and name not in ds:
+        # A layer `slope` is that of the initial surface; errors are grouped by the truth's.
+        if name in STRATA and (name not in ds or (name == "slope" and edges is None)):
             values = STRATA[name][1](ds, truth)
         else:
             values = layer_of(ds, name, "by")

@@ -12,7 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-Role = Literal["height", "image", "error", "band", "index", "mask", "truth", "other"]
+Role = Literal[
+    "height", "image", "error", "band", "index", "mask", "truth", "stratum", "other"
+]  # fmt: skip
 
 __all__ = ["LAYERS", "Layer", "Role", "describe", "truths"]
 
@@ -30,8 +32,9 @@ class Layer:
     role
         ``height`` and ``truth`` are heights in metres: the network sees heights minus the chip's
         mean, divided by the DSM scale. A ``truth`` is never an input of the network and never
-        counts in ``valid``. ``image``, ``error``, ``band``, ``index`` and ``other`` are
-        standardised by their own mean and standard deviation. A ``mask`` is 1.0 or 0.0.
+        counts in ``valid``; nor is a ``stratum``, which is made of truths. ``image``, ``error``,
+        ``band``, ``index`` and ``other`` are standardised by their own mean and standard
+        deviation. A ``mask`` is 1.0 or 0.0.
     resampling
         What `deepdem.stack` uses unless it is told otherwise: a name known to rasterio.
     valid_range
@@ -65,6 +68,9 @@ _STANDARD = (
           resampling="nearest"),
     Layer("lidar_dsm", "lidar first-return surface", "m", "truth"),
     Layer("lidar_dtm", "lidar bare ground", "m", "truth"),
+    Layer("slope", "slope of the initial surface", "degree", "other"),
+    Layer("canopy_height", "height of trees and buildings above the lidar's bare ground", "m",
+          "stratum"),
 )  # fmt: skip
 
 #: The standard layers by name. ``ortho_1`` … ``ortho_n`` are known to `describe` as well.
@@ -99,5 +105,5 @@ def describe(name: str) -> Layer:
 
 
 def truths(names: Iterable[str]) -> list[str]:
-    """Return those of `names` that are truths: never an input, never counted in ``valid``."""
-    return [name for name in names if describe(name).role == "truth"]
+    """Return those of `names` that are truths or made of them: no input, not in ``valid``."""
+    return [name for name in names if describe(name).role in ("truth", "stratum")]

@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from deepdem.layers import describe
+from deepdem.layers import describe, truths
 
 __all__ = [
     "ARCHITECTURES",
@@ -92,8 +92,8 @@ class ModelSpec:
             )
         if len(set(self.layers)) != len(self.layers):
             raise ValueError(f"layers={list(self.layers)} name a layer twice")
-        if truths := [n for n in self.layers if describe(n).role == "truth"]:
-            raise ValueError(f"layers={list(self.layers)} hold the truth {truths}: leave it out")
+        if wrong := truths(self.layers):
+            raise ValueError(f"layers={list(self.layers)} hold the truth {wrong}: leave it out")
         if describe(self.target).role != "truth":
             raise ValueError(f"target={self.target!r}: wanted 'lidar_dsm' or 'lidar_dtm'")
         if self.chip_size < 1 or self.chip_size % 32:

@@ -136,7 +136,7 @@ def _map(ax: Axes, name: str, picture: xr.DataArray, heights: tuple[float, float
         if layer.role == "index":
             high = max(abs(low), abs(high))
             low = -high
-        mappable = _image(ax, picture, plt.get_cmap(_COLORMAPS[layer.role]), (low, high))
+        mappable = _image(ax, picture, plt.get_cmap(_COLORMAPS.get(layer.role)), (low, high))
     # 40 characters are as wide as a map with its colour bar.
     lines = textwrap.wrap(title[:1].upper() + title[1:], 40, max_lines=2, placeholder=" …")
     ax.set_title("\n".join(lines), loc="left")
@@ -147,7 +147,7 @@ def _map(ax: Axes, name: str, picture: xr.DataArray, heights: tuple[float, float
 
 
 _COLORMAPS: dict[Role, str] = {
-    "image": "gray", "band": "gray", "error": "magma", "index": "BrBG", "other": "viridis",
+    "image": "gray", "band": "gray", "error": "magma", "index": "BrBG", "stratum": "YlGn",
 }  # fmt: skip
 
 

@@ -19,7 +19,16 @@ import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepdem.derive import equalise, ndvi, prepare, valid_mask
+from deepdem.derive import (
+    clip_error,
+    equalise,
+    hls_bands,
+    hls_ndvi,
+    hls_reflectance,
+    ndvi,
+    prepare,
+    valid_mask,
+)
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 
@@ -282,3 +291,104 @@ def test_import_is_cheap() -> None:
     )
     got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603
     assert got.stdout.strip() == "set()"
+
+
+# --- HLS ---
+
+
+def test_hls_reflectance_scales_fills_and_bounds() -> None:
+    numbers = np.array([[1500, 0, -9999, -10, -2001, 16001, 32767]], dtype=np.int16)
+    got = hls_reflectance(ortho(numbers, "red"))
+    np.testing.assert_allclose(
+        got.values[0], [0.15, 0, *[np.nan], -0.001, *[np.nan] * 3], atol=1e-7
+    )
+    assert got.dtype == np.float32
+    assert got.name == "red"
+    # Fill values that a reader has made NaN are NaN, and nothing else changes.
+    floats = np.where(numbers == -9999, np.nan, numbers)
+    np.testing.assert_array_equal(hls_reflectance(ortho(floats)).values, got.values)
+    scaled = ortho(floats * 1e-4)
+    scaled.encoding["scale_factor"] = 1e-4
+    with pytest.raises(ValueError, match="scaled already"):
+        hls_reflectance(scaled)
+
+
+@pytest.mark.parametrize(
+    ("product", "nir"),
+    [("L30", "B05"), ("HLSL30_2.0", "B05"), ("hls.s30.t31tfj.2020123T103619.v2.0.B8A", "B8A")],
+)
+def test_hls_bands_are_those_of_the_product(product: str, nir: str) -> None:
+    assert hls_bands(product) == ("B04", nir)
+
+
+def test_hls_bands_of_what_is_neither() -> None:
+    for product in ("LC08", "HLSL30 and HLSS30"):
+        with pytest.raises(ValueError, match=r"'L30' \(Landsat\) or 'S30'"):
+            hls_bands(product)
+
+
+def test_hls_ndvi_of_integers_is_lazy_and_right() -> None:
+    red = np.array([[1000, -9999, 500, -100, 0]], dtype=np.int16)
+    nir = np.array([[3000, 3000, -9999, 3000, 0]], dtype=np.int16)
+    with nothing_computes():
+        got = hls_ndvi(*(ortho(da.from_array(band, (1, 2))) for band in (red, nir)))
+    np.testing.assert_allclose(got.values[0], [0.5, *[np.nan] * 4], rtol=1e-6)
+
+
+# --- triangulation error, slope, canopy ---
+
+
+def test_errors_are_clipped_and_filled_as_documented() -> None:
+    nan, inf = np.nan, np.inf
+    error = ortho(np.array([[0.5, 12.0, -1.0, nan, nan, inf]], dtype=np.float32))
+    dsm = ortho(np.array([[1.0, 1.0, 1.0, 1.0, nan, 1.0]], dtype=np.float32))
+    got = clip_error(error, dsm, max_m=8)
+    np.testing.assert_array_equal(got.values, [[0.5, 8, 8, 8, nan, 8]])
+    np.testing.assert_array_equal(clip_error(error, max_m=8).values, [[0.5, 8, nan, nan, nan, 8]])
+    assert got.attrs["clipped_at_m"] == 8
+    assert got.attrs["units"] == "m"
+    with pytest.raises(ValueError, match="max_m=0"):
+        clip_error(error, max_m=0)
+
+
+def test_filled_errors_are_valid_and_others_are_not() -> None:
+    ds = scene().chunk(y=16)
+    ds["triangulation_error"][0, :3] = [-1, np.nan, 50]
+    ds["dsm"][0, 1] = np.nan
+    filled = prepare(ds, error_max_m=1.5, fill_error=True)
+    np.testing.assert_array_equal(filled["valid"].values[0, :4], [True, False, True, True])
+    assert float(filled["triangulation_error"].max()) == 1.5
+    clipped = prepare(ds, error_max_m=1.5)
+    np.testing.assert_array_equal(clipped["valid"].values[0, :4], [False, False, True, True])
+    xr.testing.assert_identical(prepare(clipped, error_max_m=1.5).compute(), clipped.compute())
+    with pytest.raises(ValueError, match="error_max_m: pass it too"):
+        prepare(ds, fill_error=True)
+
+
+@settings(max_examples=10, deadline=None)
+@given(y=st.integers(5, 40), x=st.integers(5, 50))
+def test_slope_and_canopy_are_the_same_in_any_chunks(y: int, x: int) -> None:
+    ds = scene(orthos="none").assign(lidar_dtm=lambda d: d.dsm * 0 + 90)
+    ds["lidar_dsm"] = ds["dsm"] + 1
+    options: Any = {"add": ["slope", "canopy_height"], "error_max_m": 1}
+    eager = prepare(ds, **options)
+    with nothing_computes():
+        lazy = prepare(ds.chunk(y=y, x=x), **options)
+    xr.testing.assert_identical(lazy.compute(scheduler="sync"), eager)
+    np.testing.assert_allclose(eager["canopy_height"], ds["dsm"] - 89, rtol=1e-6)
+    assert eager["slope"].attrs["units"] == "degree"
+    assert eager["slope"].dtype == np.float32
+
+
+def test_canopy_height_never_counts_in_valid() -> None:
+    ds = scene().assign(lidar_dtm=lambda d: d.lidar_dsm)  # NaN everywhere
+    assert prepare(ds, add="canopy_height")["valid"].values.all()
+    with pytest.raises(ValueError, match=r"canopy_height.*truth"):
+        prepare(ds, add=["canopy_height"], needs=["dsm", "canopy_height"])
+
+
+def test_what_cannot_be_added_is_named() -> None:
+    with pytest.raises(ValueError, match=r"'canopy_height'.*lacks \['lidar_dtm'\]"):
+        prepare(scene(), add=["canopy_height"])
+    with pytest.raises(ValueError, match=r"add='aspect'.*canopy_height"):
+        prepare(scene(), add=["aspect"])
