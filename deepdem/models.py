@@ -7,6 +7,7 @@ scaling, what stands for no data) is in one place, the same in training and in i
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -15,12 +16,13 @@ from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from deepdem.layers import describe, truths
 
@@ -29,6 +31,7 @@ __all__ = [
     "ModelSpec",
     "ResidualNet",
     "build_network",
+    "for_inference",
     "read_model",
     "serialise",
     "weights_hash",
@@ -256,6 +259,8 @@ class ResidualNet(nn.Module):
         self._dsm = spec.layers.index("dsm")
         self._heights = [i for i, n in enumerate(spec.layers) if describe(n).is_height]
         self._others = [i for i, n in enumerate(spec.layers) if n in spec.standardised]
+        # Set by `for_inference`: whether convolutions run in bfloat16, and their weights' type.
+        self.bf16, self.weights_dtype = False, torch.float32
 
     def standardise(self, x: Tensor) -> Tensor:
         """Return what the network sees: float32 of about unit variance, without NaN.
@@ -284,15 +289,14 @@ class ResidualNet(nn.Module):
             )
         return torch.nan_to_num_(z, nan=0.0, posinf=0.0, neginf=0.0)
 
-    def moments(self, x: Tensor, *, bf16: bool = False) -> tuple[Tensor, Tensor | None]:
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the residual and, if the network predicts it, the Laplace scale; metres, float32.
 
         Parameters
         ----------
         x
-            (n, layer, y, x) raw layers in the order of ``spec.layers``, NaN for no data.
-        bf16
-            Whether convolutions run in bfloat16. Centring and scaling never do.
+            (n, layer, y, x) raw layers in the order of ``spec.layers``, NaN for no data. Centring
+            and scaling are float32, whatever the convolutions are.
 
         Returns
         -------
@@ -300,8 +304,8 @@ class ResidualNet(nn.Module):
             Refined minus initial, (n, y, x); the scale b of its distribution, (n, y, x), or None.
         """
         z = self.standardise(x)
-        with torch.autocast(z.device.type, dtype=torch.bfloat16, enabled=bf16):
-            out = self.network(z)
+        with torch.autocast(z.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            out = self.network(z.to(self.weights_dtype))
         out = out.float()
         residual: Tensor = out[:, 0] * self.spec.dsm_scale
         if not self.spec.uncertainty:
@@ -318,6 +322,75 @@ class ResidualNet(nn.Module):
             Raw layers in the order of ``spec.layers``, float32, NaN for no data.
         """
         return self.moments(x)[0]
+
+
+def for_inference(net: ResidualNet, *, bf16: bool = False) -> ResidualNet:
+    """Return a copy of the network that gives the same residuals faster and cannot be trained.
+
+    Batch normalisation is folded into the convolution before it, which saves a pass over the
+    activations, and the layout is the one in which convolutions are fastest.
+
+    Parameters
+    ----------
+    net
+        In evaluation mode, on the device where it will run; it is not changed.
+    bf16
+        Whether convolutions run in bfloat16. Where nothing but convolutions and linear layers
+        holds weights once all is folded, so are the weights: autocast would convert them for
+        each batch anew. Elsewhere it is autocast, which keeps normalisations in float32.
+    """
+    size = net.spec.chip_size
+    probe = torch.randn((1, len(net.spec.layers), size, size), generator=torch.Generator())
+    network = _folded(net.network, probe.to(next(net.parameters()).device))
+    fast = ResidualNet(net.spec, network.to(memory_format=torch.channels_last))
+    linear = (nn.modules.conv._ConvNd, nn.Linear)
+    if bf16 and all(isinstance(m, linear) for m in network.modules() if _holds_weights(m)):
+        fast.network.bfloat16()
+        fast.weights_dtype = torch.bfloat16
+    fast.bf16 = bf16
+    return fast.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def _folded(network: nn.Module, probe: Tensor) -> nn.Module:
+    """Return a copy with batch normalisations folded into convolutions, checked on `probe`.
+
+    Which convolution a normalisation follows is seen in one forward pass. torch.fx lost: while it
+    traces, it replaces `nn.Module.__call__` for the whole process, where other threads run models.
+    """
+    folded = copy.deepcopy(network)
+    outputs: list[tuple[Tensor, str]] = []  # held, so that no other tensor gets their identity
+    pairs: list[tuple[str, str]] = []
+
+    def saw(name: str) -> Callable[..., None]:
+        return lambda _, __, output: outputs.append((output, name))
+
+    def takes(name: str) -> Callable[..., None]:
+        return lambda _, args: pairs.extend((conv, name) for t, conv in outputs if t is args[0])
+
+    hooks = []
+    for name, module in folded.named_modules():
+        # Not their subclasses: some are activations as well.
+        if type(module) is nn.Conv2d:
+            hooks.append(module.register_forward_hook(saw(name)))
+        elif type(module) is nn.BatchNorm2d and module.track_running_stats:
+            hooks.append(module.register_forward_pre_hook(takes(name)))
+    wanted = folded(probe)
+    for hook in hooks:
+        hook.remove()
+    for conv, norm in pairs:
+        before = cast(nn.Conv2d, folded.get_submodule(conv))
+        after = cast(nn.BatchNorm2d, folded.get_submodule(norm))
+        folded.set_submodule(conv, fuse_conv_bn_eval(before, after))
+        folded.set_submodule(norm, nn.Identity())
+    off = (folded(probe) - wanted).abs().max() / wanted.std()
+    # A convolution whose output is used twice, or before and after, cannot be folded.
+    return folded if off < 1e-3 else copy.deepcopy(network)
+
+
+def _holds_weights(module: nn.Module) -> bool:
+    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return any(tensor.is_floating_point() for tensor in own)
 
 
 def weights_hash(net: ResidualNet) -> str:

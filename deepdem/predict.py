@@ -22,7 +22,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from deepdem.models import ModelSpec, ResidualNet, read_model, serialise, weights_hash
+from deepdem.models import (
+    ModelSpec,
+    ResidualNet,
+    for_inference,
+    read_model,
+    serialise,
+    weights_hash,
+)
 
 __all__ = [
     "ModelRef",
@@ -37,10 +44,10 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 _lock = threading.RLock()
-# The weights as they came, by hash; the networks made of them, by hash, device and whether they
-# are compiled.
+# The weights as they came, by hash; the networks made of them, by hash, device, and whether they
+# convolve in bfloat16 and are compiled.
 _payloads: dict[str, bytes] = {}
-_nets: dict[tuple[str, str, bool], ResidualNet] = {}
+_nets: dict[tuple[str, str, bool, bool], ResidualNet] = {}
 _MOST_NETS = 8
 # Which client has sent which weights to its workers.
 _shipped: set[tuple[str, str]] = set()
@@ -67,9 +74,9 @@ class ModelRef:
         payload = None if on_workers else _payloads.get(self.hash)
         return _restore, (self.hash, self.spec, payload)
 
-    def net(self, device: str, *, compiled: bool = False) -> ResidualNet:
+    def net(self, device: str, *, bf16: bool = False, compiled: bool = False) -> ResidualNet:
         """Return this process's copy of the network on `device`, made when first asked for."""
-        key = (self.hash, device, compiled)
+        key = (self.hash, device, bf16, compiled)
         with _lock:
             if key not in _nets:
                 if self.hash not in _payloads:
@@ -79,8 +86,7 @@ class ModelRef:
                     )
                 while len(_nets) >= _MOST_NETS:
                     _nets.pop(next(iter(_nets)))
-                net = read_model(_payloads[self.hash]).to(device)
-                net = net.to(memory_format=torch.channels_last)
+                net = for_inference(read_model(_payloads[self.hash]).to(device), bf16=bf16)
                 if compiled:
                     net.network.compile()
                 _nets[key] = net
@@ -319,7 +325,7 @@ def _mixture(
     members = len(nets) * len(views)
     scaled = any(net.spec.uncertainty for net in nets)
     if members == 1 and not scaled:
-        return nets[0].moments(batch, bf16=how.bf16)[0], None
+        return nets[0].moments(batch)[0], None
     # Running mean and sum of squared deviations (Welford, 1962): no member is kept.
     mean, spread = torch.zeros_like(batch[:, 0]), torch.zeros_like(batch[:, 0])
     own = torch.zeros_like(batch[:, 0])
@@ -327,8 +333,7 @@ def _mixture(
     for net in nets:
         for forth, back in views:
             residual, scale = (
-                None if part is None else back(part)
-                for part in net.moments(forth(batch), bf16=how.bf16)
+                None if part is None else back(part) for part in net.moments(forth(batch))
             )
             assert residual is not None
             seen += 1

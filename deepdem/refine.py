@@ -251,7 +251,7 @@ def _refine_chunk(
     from deepdem.predict import predictions, resolve_device
 
     here = replace(how, device=resolve_device(how.device))
-    nets = [model.net(here.device, compiled=here.compiled) for model in models]
+    nets = [model.net(here.device, bf16=here.bf16, compiled=here.compiled) for model in models]
     if job.batch_size is None:
         job = replace(job, batch_size=_auto_batch(here.device, job.windows.width))
     return refine_block(

@@ -15,7 +15,14 @@ from pytorch_lightning.callbacks import Timer
 from torch import Tensor
 
 from deepdem.data import Batch, Statistics
-from deepdem.models import ModelSpec, ResidualNet, build_network, read_model, write_model
+from deepdem.models import (
+    ModelSpec,
+    ResidualNet,
+    build_network,
+    for_inference,
+    read_model,
+    write_model,
+)
 
 __all__ = ["LOSSES", "DeepDEM", "load_model", "model_of"]
 
@@ -242,7 +249,7 @@ class DeepDEM(pl.LightningModule):
         self.eval()
         with torch.inference_mode():
             exact, _ = self.net.moments(x)
-            rough, _ = self.net.moments(x, bf16=True)
+            rough, _ = for_inference(self.net, bf16=True).moments(x)
         self.train(training)
         rms = float((rough - exact).square().mean().sqrt())
         augment = list(getattr(data, "augment", ()))

@@ -381,7 +381,7 @@ def test_the_variance_of_a_mixture_is_its_definition():
             self.residual, self.scale = residual, scale
             self.spec = type("S", (), {"uncertainty": scale is not None})
 
-        def moments(self, x, *, bf16):
+        def moments(self, x):
             full = torch.full_like(x[:, 0], self.residual)
             return full, None if self.scale is None else torch.full_like(full, self.scale)
 

@@ -38,6 +38,7 @@ from rasterio.windows import Window
 from torch import Tensor
 
 import deepdem
+from deepdem.models import for_inference
 from deepdem.predict import bf16_is_fast
 from deepdem.refine import refine
 
@@ -191,7 +192,7 @@ def main() -> None:
             return run
 
         net = deepdem.load_model(path).net.eval()
-        bare = deepdem.load_model(path).net.eval().to(memory_format=torch.channels_last)
+        bare = for_inference(deepdem.load_model(path).net.eval())
         todo = places((width, width))
         some = torch.stack([stack[:, y : y + WINDOW, x : x + WINDOW] for y, x in todo[:24]])
         some = bare.standardise(some).contiguous(memory_format=torch.channels_last)
