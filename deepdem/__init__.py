@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from deepdem.data import ChipDataModule
     from deepdem.legacy import import_checkpoint
     from deepdem.scene import stack
+    from deepdem.sources.simulated import simulate_stereo
     from deepdem.sources.synthetic import synthetic_scene
     from deepdem.store import open_scene, open_scenes
     from deepdem.train import DeepDEM, load_model
@@ -28,6 +29,7 @@ _HOME = {
     "load_model": "deepdem.train",
     "open_scene": "deepdem.store",
     "open_scenes": "deepdem.store",
+    "simulate_stereo": "deepdem.sources.simulated",
     "stack": "deepdem.scene",
     "synthetic_scene": "deepdem.sources.synthetic",
 }
@@ -40,6 +42,7 @@ __all__ = [
     "load_model",
     "open_scene",
     "open_scenes",
+    "simulate_stereo",
     "stack",
     "synthetic_scene",
 ]

@@ -13,7 +13,7 @@ class Weights(WorkerPlugin):
 
     idempotent = True
 
-    def __init__(self, key: str, payload: bytes, remember: Callable[[str, bytes], None]):
+    def __init__(self, key: str, payload: Any, remember: Callable[[str, Any], None]):
         self.name, self.key, self.payload = f"deepdem-{key}", key, payload
         self.remember = remember
 

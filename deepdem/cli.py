@@ -157,7 +157,7 @@ def info(model: Annotated[str, typer.Argument(help="A saved model: path or URL."
     """Print what a saved model is: its layers, its scale, where it comes from."""
     from dataclasses import asdict
 
-    from deepdem.models import read_model
+    from deepdem.modelfile import read_model
 
     for key, value in asdict(read_model(model).spec).items():
         console.print(f"[bold]{key}[/bold]: {value}", highlight=False)

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from deepdem.blocks import Box
 from deepdem.chips import chip_boxes, chip_numbers, robust_mean, split_scene
 from deepdem.models import ModelSpec
+from deepdem.recipes import Recipe
 from deepdem.scene import check_scene, dask_layer, pixel_size
 
 __all__ = ["Batch", "ChipDataModule", "Statistics", "augmented"]
@@ -179,11 +180,11 @@ class ChipDataModule(pl.LightningDataModule):
         apart.
     augment
         Of ``"flip"``, ``"rotate"`` (quarter turns) and ``"swap"`` (left and right image change
-        places). Training only; validation chips are never changed. Nothing by default: each of
-        them turns the sun and the parallax between the images, from which a network learns
-        which way a wrong height displaced them. On one synthetic scene, 90 s of training each,
-        flips and turns took the gain in MAE from 56 % to 34 %. With many scenes of many
-        geometries they may help.
+        places). Training only; validation chips are never changed. None: what the model's preset
+        says. That of the default preset is nothing, for each of them turns the sun and the
+        parallax between the images, from which a network learns which way a wrong height displaced
+        them. On one synthetic scene, 90 s of training each, flips and turns took the gain in MAE
+        from 56 % to 34 %. With many scenes of many geometries they may help.
     seed
         The same seed gives the same chips, however many workers there are.
     cache
@@ -210,7 +211,7 @@ class ChipDataModule(pl.LightningDataModule):
         split: str = "left 80 %",
         min_valid: float = 0.5,
         chips_per_epoch: int | None = None,
-        augment: Sequence[str] = (),
+        augment: Sequence[str] | None = None,
         seed: int = 0,
         cache: str | bool = "auto",
     ):
@@ -218,9 +219,10 @@ class ChipDataModule(pl.LightningDataModule):
         self.scenes = _scene_list(scenes)
         self.chip_size, self.batch_size, self.split = chip_size, batch_size, split
         self.min_valid, self.chips_per_epoch, self.seed = min_valid, chips_per_epoch, seed
-        if unknown := set(augment) - {"flip", "rotate", "swap"}:
+        if unknown := set(augment or ()) - {"flip", "rotate", "swap"}:
             raise ValueError(f"augment={sorted(unknown)}: wanted of 'flip', 'rotate', 'swap'")
-        self.augment, self.cache = tuple(augment), cache
+        self.augment = None if augment is None else tuple(augment)
+        self.cache = cache
         self.layers: tuple[str, ...] = ()
         self.target = ""
         self.train_chips: _ChipDataset | None = None
@@ -231,6 +233,10 @@ class ChipDataModule(pl.LightningDataModule):
         """Cut the scenes into regions and find the chips; reads the mask, or what is cached."""
         spec = self._spec()
         layers, target = spec.layers, spec.target
+        if self.augment is None:
+            assert self.trainer is not None
+            recipe = getattr(self.trainer.lightning_module, "recipe", Recipe())
+            self.augment = recipe.augment
         if self.train_chips is not None and (layers, target) == (self.layers, self.target):
             return
         self.layers, self.target = layers, target
@@ -324,7 +330,7 @@ class ChipDataModule(pl.LightningDataModule):
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Augment a training batch."""
-        if self.trainer is None or not self.trainer.training:
+        if self.trainer is None or not self.trainer.training or not self.augment:
             return batch
         draw = np.random.default_rng((self.seed, self.trainer.global_step))
         return augmented(batch, self.layers, self.augment, draw)

@@ -1,4 +1,4 @@
-"""The networks and the model file: torch modules that know nothing of Dask, xarray or Lightning.
+"""The networks: torch modules that know nothing of Dask, xarray or Lightning.
 
 A newcomer adds an architecture here, in `ARCHITECTURES`. Whatever it is, `ResidualNet` wraps it:
 raw layers with NaN go in, the residual in metres comes out, and all that lies between (centring,
@@ -8,18 +8,15 @@ scaling, what stands for no data) is in one place, the same in training and in i
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
+import difflib
+import inspect
 import math
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
-from os import PathLike, fspath
-from pathlib import Path
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any, cast
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -32,14 +29,12 @@ __all__ = [
     "ResidualNet",
     "build_network",
     "for_inference",
-    "read_model",
-    "serialise",
-    "weights_hash",
-    "write_model",
+    "wrap_network",
 ]
 
-_FORMAT = 1
-_KEY = "deepdem"
+#: The architecture of a network that the user brings along; see `wrap_network`.
+OWN = "own"
+_MOST_LAYERS, _MOST_PX = 64, 8192
 
 
 @dataclass(frozen=True)
@@ -64,6 +59,8 @@ class ModelSpec:
         Of each layer that is not a height or a mask, over the training scenes; by name.
     uncertainty
         Whether a second output channel predicts the scale of a Laplace distribution.
+    temperature
+        What that scale is multiplied by, so that intervals hold what they say on validation chips.
     clip
         Standardised images and indices beyond this many standard deviations say no more; None:
         they are left as they are.
@@ -83,6 +80,7 @@ class ModelSpec:
     means: Mapping[str, float] = field(default_factory=dict)
     stds: Mapping[str, float] = field(default_factory=dict)
     uncertainty: bool = False
+    temperature: float = 1.0
     clip: float | None = 10.0
     options: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -99,16 +97,36 @@ class ModelSpec:
             raise ValueError(f"layers={list(self.layers)} hold the truth {wrong}: leave it out")
         if describe(self.target).role != "truth":
             raise ValueError(f"target={self.target!r}: wanted 'lidar_dsm' or 'lidar_dtm'")
-        if self.chip_size < 1 or self.chip_size % 32:
+        if not 0 < self.chip_size <= _MOST_PX or self.chip_size % 32:
             raise ValueError(
                 f"chip_size={self.chip_size}: the networks halve it five times, so it must be a "
-                "multiple of 32"
+                f"multiple of 32, and {_MOST_PX} at most"
             )
+        if len(self.layers) > _MOST_LAYERS:
+            raise ValueError(f"{len(self.layers)} layers: at most {_MOST_LAYERS} are possible")
+        for what in ("architecture", "encoder"):
+            # timm would take "hf-hub:…" or "local-dir:…" as an order to fetch something.
+            if not re.fullmatch(r"[\w.+-]+", getattr(self, what)):
+                raise ValueError(f"{what}={getattr(self, what)!r} is no name of a network")
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        numbers = {"dsm_scale": self.dsm_scale, "pixel_size": self.pixel_size,
+                   "temperature": self.temperature, "clip": self.clip,
+                   **{f"stds[{n!r}]": v for n, v in self.stds.items()}}  # fmt: skip
+        for name, value in numbers.items():
+            unknown = value is None or (name in ("dsm_scale", "pixel_size") and math.isnan(value))
+            if not unknown and not 0 < (value or 0) < math.inf:
+                raise ValueError(f"{name}={value}: wanted a positive, finite number")
+        for name, value in self.means.items():
+            if not math.isfinite(value):
+                raise ValueError(f"means[{name!r}]={value}: wanted a finite number")
 
     @property
     def is_fitted(self) -> bool:
         """Whether the scale and the layers' statistics are known."""
-        return math.isfinite(self.dsm_scale) and all(n in self.stds for n in self.standardised)
+        known = all(n in self.stds and n in self.means for n in self.standardised)
+        return math.isfinite(self.dsm_scale) and known
 
     @property
     def outputs(self) -> int:
@@ -124,6 +142,15 @@ class ModelSpec:
 def _smp(spec: ModelSpec, weights: str | None) -> nn.Module:
     import segmentation_models_pytorch as smp
 
+    kind = smp.MODEL_ARCHITECTURES_MAPPING.get(spec.architecture)
+    if kind is not None and not spec.encoder.startswith("tu-"):
+        # Its encoders swallow any keyword; timm's refuse those that they do not know.
+        known = set(inspect.signature(kind).parameters) - {"kwargs"}
+        if strange := set(spec.options) - known:
+            raise ValueError(
+                f"options={sorted(strange)} do not fit architecture={spec.architecture!r}: it "
+                f"knows {', '.join(sorted(known))}"
+            )
     try:
         network = smp.create_model(
             spec.architecture,
@@ -133,13 +160,34 @@ def _smp(spec: ModelSpec, weights: str | None) -> nn.Module:
             classes=spec.outputs,
             **spec.options,
         )
-    except KeyError as error:
+    except (KeyError, RuntimeError) as error:
+        # timm raises RuntimeError for a name it does not know, and so may any constructor.
+        if isinstance(error, RuntimeError) and "Unknown model" not in str(error):
+            raise
+        raise ValueError(_unknown(spec)) from error
+    except TypeError as error:
         raise ValueError(
-            f"encoder={spec.encoder!r} or architecture={spec.architecture!r} is not known to "
-            f"segmentation-models-pytorch: {error}"
+            f"options={dict(spec.options)} do not fit architecture={spec.architecture!r}: {error}"
         ) from error
     assert isinstance(network, nn.Module)
     return network
+
+
+def _unknown(spec: ModelSpec) -> str:
+    import segmentation_models_pytorch as smp
+
+    known = [*smp.MODEL_ARCHITECTURES_MAPPING, *ARCHITECTURES]
+    if spec.architecture not in known:
+        return (
+            f"architecture={spec.architecture!r} is not known: pass one of "
+            f"{', '.join(sorted(set(known)))}"
+        )
+    near = difflib.get_close_matches(spec.encoder, smp.encoders.get_encoder_names(), 5)
+    return (
+        f"encoder={spec.encoder!r} is not known to segmentation-models-pytorch"
+        + (f", nearest are {', '.join(near)}" if near else "")
+        + "; timm's are called 'tu-' and timm's name"
+    )
 
 
 class ResDepthUNet(nn.Module):
@@ -173,6 +221,8 @@ class ResDepthUNet(nn.Module):
         bias_conv_layer: bool = True,
     ):
         super().__init__()
+        if not 1 <= depth <= 10:
+            raise ValueError(f"depth={depth}: wanted 1 to 10 halvings of the resolution")
         widths = [min(start_kernel * 2**level, max_filter_depth) for level in range(depth + 1)]
 
         def block(before: int, after: int) -> nn.Sequential:
@@ -216,7 +266,19 @@ class ResDepthUNet(nn.Module):
 def _resdepth(spec: ModelSpec, weights: str | None) -> nn.Module:
     if weights is not None:
         raise ValueError(f"encoder_weights={weights!r}: architecture 'resdepth' has none")
-    return ResDepthUNet(len(spec.layers), spec.outputs, **spec.options)
+    try:
+        return ResDepthUNet(len(spec.layers), spec.outputs, **spec.options)
+    except TypeError as error:
+        raise ValueError(
+            f"options={dict(spec.options)} do not fit architecture='resdepth': {error}"
+        ) from error
+
+
+def _own(spec: ModelSpec, weights: str | None) -> nn.Module:
+    raise ValueError(
+        f"the network is the user's own {spec.encoder!r}, which is not built from a name: make it "
+        "and pass network="
+    )
 
 
 #: Architectures by name: a function of the spec and the name of the encoder's weights. What is
@@ -224,6 +286,7 @@ def _resdepth(spec: ModelSpec, weights: str | None) -> nn.Module:
 ARCHITECTURES: dict[str, Callable[[ModelSpec, str | None], nn.Module]] = {
     "unet": _smp,
     "resdepth": _resdepth,
+    OWN: _own,
 }
 
 
@@ -244,6 +307,38 @@ def build_network(spec: ModelSpec, encoder_weights: str | None = None) -> nn.Mod
     return network
 
 
+def wrap_network(spec: ModelSpec, network: nn.Module) -> nn.Module:
+    """Return the network after a look at what it makes of a chip.
+
+    Raises
+    ------
+    ValueError
+        It does not take (n, layer, y, x), or does not give (n, output, y, x).
+    """
+    if spec.architecture != OWN:
+        return network
+    weight = next(network.parameters(), torch.empty(0))
+    chip = torch.zeros(2, len(spec.layers), spec.chip_size, spec.chip_size, device=weight.device)
+    wanted = (2, spec.outputs, spec.chip_size, spec.chip_size)
+    training = network.training
+    try:
+        with torch.no_grad():
+            given = tuple(network.eval()(chip).shape)
+    except RuntimeError as error:
+        raise ValueError(
+            f"network={spec.encoder} does not take a batch {tuple(chip.shape)} of the layers "
+            f"{list(spec.layers)}: {error}"
+        ) from error
+    finally:
+        network.train(training)
+    if given != wanted:
+        raise ValueError(
+            f"network={spec.encoder} gives {given} of a batch {tuple(chip.shape)}, wanted {wanted}"
+            + (": the residual, and the logarithm of its scale" if spec.uncertainty else "")
+        )
+    return network
+
+
 class ResidualNet(nn.Module):
     """A network that takes raw layers and gives the residual in metres.
 
@@ -255,7 +350,7 @@ class ResidualNet(nn.Module):
     def __init__(self, spec: ModelSpec, network: nn.Module | None = None):
         super().__init__()
         self.spec = spec
-        self.network = build_network(spec) if network is None else network
+        self.network = build_network(spec) if network is None else wrap_network(spec, network)
         self._dsm = spec.layers.index("dsm")
         self._heights = [i for i, n in enumerate(spec.layers) if describe(n).is_height]
         self._others = [i for i, n in enumerate(spec.layers) if n in spec.standardised]
@@ -295,8 +390,9 @@ class ResidualNet(nn.Module):
         Parameters
         ----------
         x
-            (n, layer, y, x) raw layers in the order of ``spec.layers``, NaN for no data. Centring
-            and scaling are float32, whatever the convolutions are.
+            (n, layer, y, x) raw layers in the order of ``spec.layers``, NaN for no data.
+            Convolutions run as `for_inference` made them, or as the surrounding autocast says,
+            such as a Lightning Trainer's. Centring and scaling are float32 in any case.
 
         Returns
         -------
@@ -304,14 +400,17 @@ class ResidualNet(nn.Module):
             Refined minus initial, (n, y, x); the scale b of its distribution, (n, y, x), or None.
         """
         z = self.standardise(x)
-        with torch.autocast(z.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+        kind = z.device.type
+        half = torch.autocast(kind, dtype=torch.bfloat16) if self.bf16 else nullcontext()
+        with half:
             out = self.network(z.to(self.weights_dtype))
         out = out.float()
         residual: Tensor = out[:, 0] * self.spec.dsm_scale
         if not self.spec.uncertainty:
             return residual, None
         # Between e^-7 and e^2 of the DSM scale: a centimetre to a hundred metres for one of 10 m.
-        return residual, torch.exp(out[:, 1].clamp(-7, 2)) * self.spec.dsm_scale
+        scale = torch.exp(out[:, 1].clamp(-7, 2)) * self.spec.dsm_scale
+        return residual, scale * self.spec.temperature
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the residual, refined minus initial, metres: (n, layer, y, x) to (n, y, x).
@@ -391,99 +490,3 @@ def _folded(network: nn.Module, probe: Tensor) -> nn.Module:
 def _holds_weights(module: nn.Module) -> bool:
     own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
     return any(tensor.is_floating_point() for tensor in own)
-
-
-def weights_hash(net: ResidualNet) -> str:
-    """Return a hash of the weights and of all in the spec that changes what they give."""
-    digest = hashlib.sha256()
-    numbers = replace(net.spec, training={})
-    digest.update(json.dumps(asdict(numbers), sort_keys=True, default=str).encode())
-    for name, tensor in sorted(net.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:32]
-
-
-def _metadata(spec: ModelSpec) -> dict[str, str]:
-    versions = {p: version(p) for p in ("torch", "segmentation-models-pytorch", "xarray")}
-    content = {"format": _FORMAT, "spec": asdict(spec), "versions": versions}
-    return {_KEY: json.dumps(content, allow_nan=True)}
-
-
-def serialise(net: ResidualNet) -> bytes:
-    """Return the model file's bytes: safetensors with the spec as JSON metadata."""
-    state = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
-    return safetensors.torch.save(state, metadata=_metadata(net.spec))
-
-
-def write_model(net: ResidualNet, path: str | PathLike[str]) -> None:
-    """Write the model file; it appears whole or not at all."""
-    target = Path(path)
-    if not net.spec.is_fitted:
-        raise ValueError(
-            "the model has no DSM scale yet: train it, or pass dsm_scale= and fit it to scenes"
-        )
-    part = target.with_name(f".{target.name}.part")
-    part.write_bytes(serialise(net))
-    part.replace(target)
-
-
-def read_model(source: str | PathLike[str] | bytes) -> ResidualNet:
-    """Return the network of a model file, in evaluation mode; nothing in the file is executed.
-
-    Parameters
-    ----------
-    source
-        A path, a URL that fsspec knows, or the file's bytes.
-
-    Raises
-    ------
-    ValueError
-        The file is no model file, or a newer version's, or its weights do not fit its spec.
-    FileNotFoundError
-        There is no such file.
-    """
-    what = "the model file" if isinstance(source, bytes) else fspath(source)
-    content = source if isinstance(source, bytes) else _read_bytes(what)
-    spec = _spec_of(content, what)
-    net = ResidualNet(spec)
-    try:
-        net.load_state_dict(safetensors.torch.load(content))
-    except (RuntimeError, safetensors.SafetensorError) as error:
-        raise ValueError(
-            f"the weights in {what} do not fit its own description: {error}"
-        ) from error
-    return net.eval().requires_grad_(False)
-
-
-def _read_bytes(path: str) -> bytes:
-    if "://" in path:
-        import fsspec
-
-        with fsspec.open(path, "rb") as file:
-            remote: bytes = file.read()
-            return remote
-    return Path(path).read_bytes()
-
-
-def _spec_of(content: bytes, what: str) -> ModelSpec:
-    # The header: its length in 8 bytes, then JSON (the safetensors format).
-    try:
-        length = int.from_bytes(content[:8], "little")
-        header = json.loads(content[8 : 8 + length])
-        described = json.loads(header["__metadata__"][_KEY])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{what} is no deepdem model file (safetensors with a {_KEY!r} entry in its metadata)"
-        ) from error
-    if described["format"] > _FORMAT:
-        raise ValueError(
-            f"{what} has format {described['format']}, this version of deepdem reads up to "
-            f"{_FORMAT}: upgrade deepdem"
-        )
-    known = ModelSpec.__dataclass_fields__
-    if strange := set(described["spec"]) - set(known):
-        raise ValueError(f"{what} describes the model by {sorted(strange)}, which is not known")
-    values = {**described["spec"], "layers": tuple(described["spec"]["layers"])}
-    values["training"] = {**values.get("training", {}), "versions": described.get("versions", {})}
-    return ModelSpec(**values)

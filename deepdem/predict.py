@@ -7,6 +7,7 @@ else with the graph, where the reference stands once.
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
 import threading
@@ -20,16 +21,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from deepdem.models import (
-    ModelSpec,
-    ResidualNet,
-    for_inference,
-    read_model,
-    serialise,
-    weights_hash,
-)
+from deepdem.modelfile import read_model, serialise, weights_hash
+from deepdem.models import OWN, ModelSpec, ResidualNet, for_inference
 
 __all__ = [
     "ModelRef",
@@ -44,9 +39,11 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 _lock = threading.RLock()
+#: A model file's bytes, and the module they are for if it is the user's own.
+Payload: TypeAlias = "tuple[bytes, nn.Module | None]"
 # The weights as they came, by hash; the networks made of them, by hash, device, and whether they
 # convolve in bfloat16 and are compiled.
-_payloads: dict[str, bytes] = {}
+_payloads: dict[str, Payload] = {}
 _nets: dict[tuple[str, str, bool, bool], ResidualNet] = {}
 _MOST_NETS = 8
 # Which client has sent which weights to its workers.
@@ -60,7 +57,9 @@ class ModelRef:
         self.hash, self.spec = weights_hash(net), net.spec
         with _lock:
             if self.hash not in _payloads:
-                _payloads[self.hash] = serialise(net)
+                own = net.spec.architecture == OWN
+                module = copy.deepcopy(net.network).cpu() if own else None
+                _payloads[self.hash] = (serialise(net), module)
 
     def __dask_tokenize__(self) -> str:
         return self.hash
@@ -86,14 +85,16 @@ class ModelRef:
                     )
                 while len(_nets) >= _MOST_NETS:
                     _nets.pop(next(iter(_nets)))
-                net = for_inference(read_model(_payloads[self.hash]).to(device), bf16=bf16)
+                content, module = _payloads[self.hash]
+                net = read_model(content, network=copy.deepcopy(module)).to(device)
+                net = for_inference(net, bf16=bf16)
                 if compiled:
                     net.network.compile()
                 _nets[key] = net
             return _nets[key]
 
 
-def _restore(key: str, spec: ModelSpec, payload: bytes | None) -> ModelRef:
+def _restore(key: str, spec: ModelSpec, payload: Payload | None) -> ModelRef:
     ref = ModelRef.__new__(ModelRef)
     ref.hash, ref.spec = key, spec
     if payload is not None:
@@ -101,8 +102,8 @@ def _restore(key: str, spec: ModelSpec, payload: bytes | None) -> ModelRef:
     return ref
 
 
-def remember(key: str, payload: bytes) -> None:
-    """Keep a model file's bytes in this process under the hash of its weights."""
+def remember(key: str, payload: Payload) -> None:
+    """Keep a model file's bytes in this process, and the module of its own, by their hash."""
     with _lock:
         _payloads.setdefault(key, payload)
 

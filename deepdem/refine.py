@@ -431,7 +431,8 @@ class _Region:
 
 def _networks(model: Any) -> list[Any]:
     """Return the networks that are meant, checked against each other."""
-    from deepdem.models import ResidualNet, read_model
+    from deepdem.modelfile import read_model
+    from deepdem.models import ResidualNet
 
     nets = []
     for one in model if isinstance(model, list | tuple) else [model]:

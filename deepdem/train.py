@@ -1,47 +1,30 @@
-"""Training: a LightningModule as Lightning users know it, its losses and its schedule."""
+"""Training: a LightningModule as Lightning users know it."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Timer
-from torch import Tensor
+from pytorch_lightning.callbacks import Timer, WeightAveraging
+from pytorch_lightning.loggers import TensorBoardLogger
+from torch import Tensor, nn
 
 from deepdem.data import Batch, Statistics
-from deepdem.models import (
-    ModelSpec,
-    ResidualNet,
-    build_network,
-    for_inference,
-    read_model,
-    write_model,
-)
+from deepdem.modelfile import read_model, write_model
+from deepdem.models import OWN, ModelSpec, ResidualNet, build_network, for_inference
+from deepdem.monitor import ErrorStatistics, picture
+from deepdem.recipes import LOSSES, averaged, fit_temperature, recipe_of, warm_cosine
 
-__all__ = ["LOSSES", "DeepDEM", "load_model", "model_of"]
+__all__ = ["DeepDEM", "load_model", "model_of"]
 
 log = logging.getLogger(__name__)
-
-
-def _l1(error: Tensor) -> Tensor:
-    return error.abs()
-
-
-def _huber(error: Tensor) -> Tensor:
-    # Quadratic within 0.05 of the DSM scale: half a metre where a chip spans ten.
-    return torch.nn.functional.huber_loss(
-        error, torch.zeros_like(error), reduction="none", delta=0.05
-    )
-
-
-#: Losses of the error in units of the DSM scale, pixel by pixel.
-LOSSES: dict[str, Callable[[Tensor], Tensor]] = {"l1": _l1, "huber": _huber}
 
 
 class DeepDEM(pl.LightningModule):
@@ -53,31 +36,43 @@ class DeepDEM(pl.LightningModule):
         The input layers by name, ``dsm`` among them.
     target
         The truth it learns: ``lidar_dsm`` or ``lidar_dtm``.
+    preset
+        How it is trained, a name from `deepdem.recipes.PRESETS`: ``"default"``, ``"deepdem2024"``
+        (the published DeepDEM's settings) or ``"resdepth"``. It also says how a `ChipDataModule`
+        changes chips, unless that has an ``augment`` of its own.
     architecture, encoder
-        Names as segmentation-models-pytorch has them, in lower case.
+        Names as segmentation-models-pytorch has them, in lower case; timm's encoders are
+        ``"tu-"`` and their name; ``architecture="resdepth"`` is ResDepth's U-Net.
     encoder_weights
         ``"imagenet"`` loads pretrained weights from a hub; None starts from scratch.
+    network
+        A module of your own instead: (n, layer, y, x) standardised layers to (n, 1, y, x), the
+        residual in units of the DSM scale (with `uncertainty` (n, 2, y, x): and the logarithm of
+        its scale). The model file keeps its weights, not its code: pass it again to `load_model`.
     chip_size
         The width of chips and inference windows, a multiple of 32.
     dsm_scale
         Metres; None: computed from the training scenes when training starts.
     uncertainty
         Whether the network also predicts the scale b of a Laplace distribution of its error. It
-        is then trained on that distribution's negative log-likelihood, |e| / b + log 2b (Kendall
-        and Gal, 2017, equation 8, for the L1 norm), and `loss` is not used.
-    loss
-        A name from `LOSSES`; pixels without DSM or truth do not count.
-    learning_rate, weight_decay
-        Of AdamW; the rate warms up over the first 5 % of training and falls to zero as a cosine.
-        Training is as long as the Trainer's ``max_epochs``, ``max_steps`` or ``max_time`` says.
+        is then trained with ``loss="laplace"``. When training ends, one factor for all scales is
+        fitted to the validation chips, and the shares of errors inside the 68 % and the 95 %
+        interval are noted in ``spec.training``.
+    weights
+        A model file to start from: its weights, DSM scale and statistics, which are then kept.
+    frozen_encoder
+        Whether the encoder stays as it is, its running statistics included.
+    loss, learning_rate, weight_decay, optimizer, schedule, ema
+        What is to differ from the preset; see `deepdem.recipes.Recipe`.
     options
         Further keywords of the architecture, such as ``decoder_channels``.
 
     Raises
     ------
     ValueError
-        Layers without ``dsm`` or with a truth, an unknown target, encoder or loss, or a chip size
-        that is no multiple of 32.
+        Layers without ``dsm`` or with a truth, an unknown target, encoder, preset or loss, or a
+        chip size that is no multiple of 32; a model file that is for other layers or another
+        network.
 
     Examples
     --------
@@ -91,27 +86,39 @@ class DeepDEM(pl.LightningModule):
         layers: Sequence[str],
         target: str = "lidar_dsm",
         *,
+        preset: str = "default",
         architecture: str = "unet",
         encoder: str = "resnet18",
         encoder_weights: str | None = None,
+        network: nn.Module | None = None,
         chip_size: int = 256,
         dsm_scale: float | None = None,
         uncertainty: bool = False,
-        loss: str = "l1",
-        learning_rate: float = 1e-3,
-        weight_decay: float = 1e-2,
+        weights: str | None = None,
+        frozen_encoder: bool = False,
+        loss: str | None = None,
+        learning_rate: float | None = None,
+        weight_decay: float | None = None,
+        optimizer: str | None = None,
+        schedule: str | None = None,
+        ema: float | None = None,
         options: Mapping[str, Any] | None = None,
     ):
         super().__init__()
-        if loss not in LOSSES:
-            raise ValueError(f"loss={loss!r} is not known: pass one of {sorted(LOSSES)}")
+        changes = {"learning_rate": learning_rate, "weight_decay": weight_decay,
+                   "optimizer": optimizer, "schedule": schedule, "ema": ema}  # fmt: skip
+        self.recipe = recipe_of(preset, loss=_loss_of(loss, uncertainty), **changes)
+        if network is not None:
+            architecture, encoder = OWN, f"{type(network).__module__}.{type(network).__qualname__}"
+        # Plain types only, so that torch.load(weights_only=True) reads a checkpoint. Weights that
+        # training started from are in the checkpoint itself.
         self.save_hyperparameters(
             {
-                "layers": list(layers), "target": target, "architecture": architecture,
-                "encoder": encoder, "encoder_weights": None, "chip_size": chip_size,
-                "dsm_scale": dsm_scale, "uncertainty": uncertainty, "loss": loss,
-                "learning_rate": learning_rate,
-                "weight_decay": weight_decay, "options": dict(options or {}),
+                "layers": list(layers), "target": target, "preset": preset,
+                "architecture": architecture, "encoder": encoder, "encoder_weights": None,
+                "chip_size": chip_size, "dsm_scale": dsm_scale, "uncertainty": uncertainty,
+                "weights": None, "frozen_encoder": frozen_encoder, "loss": loss, **changes,
+                "options": dict(options or {}),
             }
         )  # fmt: skip
         spec = ModelSpec(
@@ -119,10 +126,32 @@ class DeepDEM(pl.LightningModule):
             math.nan if dsm_scale is None else float(dsm_scale), uncertainty=uncertainty,
             options=dict(options or {}),
         )  # fmt: skip
-        self.net = ResidualNet(spec, build_network(spec, encoder_weights))
+        built = build_network(spec, encoder_weights) if network is None else network
+        self.net = ResidualNet(spec, built)
+        if weights is not None:
+            self._start_from(weights)
         # Convolutions on the CPU and on tensor cores are faster in this layout.
         self.net.to(memory_format=torch.channels_last)
-        self._errors: list[Tensor] = []
+        self._frozen = False
+        if frozen_encoder:
+            self.freeze_encoder()
+        self._seen = ErrorStatistics()
+        self._example: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def _start_from(self, path: str) -> None:
+        own = self.net.network if self.spec.architecture == OWN else None
+        other = read_model(path, network=own)
+        for name in ("layers", "architecture", "encoder", "options", "uncertainty", "chip_size"):
+            mine, theirs = getattr(self.spec, name), getattr(other.spec, name)
+            if mine != theirs:
+                raise ValueError(
+                    f"weights={path!r} is for {name}={theirs!r}, wanted {mine!r}: pass {name} as "
+                    "the file has it, or go on from it with deepdem.load_model(path)"
+                )
+        self.net.load_state_dict(other.state_dict())
+        self.net.requires_grad_(True)
+        past = {**other.spec.training, "started_from": Path(path).name}
+        self.net.spec = replace(other.spec, target=self.spec.target, training=past)
 
     @property
     def spec(self) -> ModelSpec:
@@ -151,11 +180,63 @@ class DeepDEM(pl.LightningModule):
         residual: Tensor = self.net(x)
         return x[:, self.spec.layers.index("dsm")] + residual
 
+    # --- fine-tuning ------------------------------------------------------------------------------
+
+    def freeze_encoder(self) -> DeepDEM:
+        """Return the model itself, its encoder as it is from now on, running statistics included.
+
+        Raises
+        ------
+        ValueError
+            The network has no part that is called ``encoder``.
+        """
+        self._encoder().requires_grad_(False)
+        self._frozen = True
+        return self.train(self.training)
+
+    def unfreeze_encoder(self) -> DeepDEM:
+        """Return the model itself, all of it trained from now on."""
+        self._encoder().requires_grad_(True)
+        self._frozen = False
+        return self.train(self.training)
+
+    def _encoder(self) -> nn.Module:
+        encoder = getattr(self.net.network, "encoder", None)
+        if not isinstance(encoder, nn.Module):
+            raise ValueError(
+                f"architecture={self.spec.architecture!r} has no part 'encoder' to freeze: set "
+                "requires_grad of its parameters yourself"
+            )
+        return encoder
+
+    def train(self, mode: bool = True) -> DeepDEM:
+        """Return the model itself, in training mode but for a frozen encoder."""
+        super().train(mode)
+        if self._frozen:
+            self._encoder().eval()
+        return self
+
+    # --- before training --------------------------------------------------------------------------
+
     def setup(self, stage: str) -> None:
         """Take the DSM scale and the layers' statistics from the training scenes, once."""
-        if stage != "fit" or self.spec.is_fitted:
+        if stage != "fit":
             return
+        if str(self.trainer.precision) in ("16-true", "bf16-true"):
+            raise ValueError(
+                f"precision={self.trainer.precision!r} would keep heights in 16 bits, steps of "
+                "metres at 1000 m: pass '16-mixed' or 'bf16-mixed'"
+            )
         data = getattr(self.trainer, "datamodule", None)
+        width = getattr(data, "chip_size", self.spec.chip_size)
+        if width != self.spec.chip_size:
+            raise ValueError(
+                f"the model has chip_size={self.spec.chip_size}, the data module {width}: heights "
+                "are scaled by what a chip spans, so both must be the same"
+            )
+        self.train()  # a model that was loaded is in evaluation mode
+        if self.spec.is_fitted:
+            return
         if data is None or not hasattr(data, "statistics"):
             raise ValueError(
                 "the model has no DSM scale and no data module to compute it from: train with "
@@ -177,99 +258,36 @@ class DeepDEM(pl.LightningModule):
         )
         log.info("DSM scale %.3f m at %d px", self.net.spec.dsm_scale, spec.chip_size)
 
-    def _error(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return error and scale in metres, and between them where DSM and truth are there.
-
-        The error is 0 where they are not.
-        """
-        x, target = batch["layers"], batch["target"]
-        dsm = x[:, self.spec.layers.index("dsm")]
-        # Difference of heights first: residuals are small numbers, heights are not.
-        wanted = target - dsm
-        usable = torch.isfinite(wanted)
-        residual, scale = self.net.moments(x)
-        return torch.where(usable, residual - torch.nan_to_num(wanted), 0.0), usable, scale
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the masked loss; a batch without a valid pixel gives zero, never NaN."""
-        error, usable, scale = self._error(batch)
-        count = usable.sum().clamp(min=1)
-        unit = self.spec.dsm_scale
-        if scale is None:
-            pixels = LOSSES[self.hparams["loss"]](error / unit)
-        else:
-            pixels = torch.where(usable, error.abs() / scale + torch.log(2 * scale / unit), 0.0)
-        loss = pixels.sum() / count
-        metres = error.detach().abs().sum() / count
-        self.log("train_loss", loss)
-        self.log("train_MAE", metres, prog_bar=True, batch_size=len(usable))
-        return loss
-
-    def on_validation_epoch_start(self) -> None:
-        """Forget the errors of the last epoch."""
-        self._errors = []
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Collect the errors in metres."""
-        error, usable, _ = self._error(batch)
-        self._errors.append(error[usable].float().cpu())
-
-    def on_validation_epoch_end(self) -> None:
-        """Log MAE, RMSE, NMAD and bias of the validation region, metres."""
-        errors = torch.cat(self._errors) if self._errors else torch.empty(0)
-        self._errors = []
-        if not len(errors):
-            return
-        median = errors.median()
-        metrics = {
-            "val_MAE": errors.abs().mean(),
-            "val_RMSE": errors.square().mean().sqrt(),
-            "val_NMAD": 1.4826 * (errors - median).abs().median(),
-            "val_bias": errors.mean(),
-        }
-        self.log_dict(metrics, prog_bar=False)
-        self.log("val_loss", metrics["val_MAE"] / self.spec.dsm_scale)
-        if not self.trainer.sanity_checking:
-            validation = {name: float(value) for name, value in metrics.items()}
-            training = {**self.spec.training, "validation": validation}
-            self.net.spec = replace(self.spec, training=training)
-
-    def on_train_end(self) -> None:
-        """Note by how much bfloat16 changes the heights, and how chips were changed.
-
-        `refine` goes by it: it reads no pixel before it decides on a precision.
-        """
-        data = getattr(self.trainer, "datamodule", None)
-        loader = data.val_dataloader() if data is not None else []
-        batch = next(iter(loader), None) or next(iter(self.trainer.train_dataloader or []), None)
-        if batch is None:
-            return
-        x = batch["layers"][:8].to(self.device)
-        training = self.training
-        self.eval()
-        with torch.inference_mode():
-            exact, _ = self.net.moments(x)
-            rough, _ = for_inference(self.net, bf16=True).moments(x)
-        self.train(training)
-        rms = float((rough - exact).square().mean().sqrt())
-        augment = list(getattr(data, "augment", ()))
-        noted = {**self.spec.training, "bf16_rms_m": rms, "augment": augment}
-        self.net.spec = replace(self.spec, training=noted)
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Return the moving average of the weights, if the recipe wants one."""
+        if not self.recipe.ema:
+            return []
+        return [WeightAveraging(avg_fn=averaged(self.recipe.ema))]
 
     def configure_optimizers(self) -> Any:
-        """Return AdamW with a warm-up and a cosine to zero."""
-        optimizer = torch.optim.AdamW(
-            self.parameters(),
-            lr=self.hparams["learning_rate"],
-            weight_decay=self.hparams["weight_decay"],
+        """Return the recipe's optimizer and schedule."""
+        recipe = self.recipe
+        kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+        optimizer = kinds[recipe.optimizer](
+            [p for p in self.parameters() if p.requires_grad],
+            lr=recipe.learning_rate,
+            weight_decay=recipe.weight_decay,
         )
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda _: _warm_cosine(self._progress())
-        )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        rates = torch.optim.lr_scheduler
+        every_epoch: dict[str, Any] = {"interval": "epoch"}
+        if recipe.schedule == "constant":
+            return optimizer
+        if recipe.schedule == "plateau":
+            scheduler = rates.ReduceLROnPlateau(optimizer, factor=0.5, patience=50, threshold=0.1)
+            often = self.trainer.check_val_every_n_epoch or 1
+            settings = {**every_epoch, "monitor": "val_loss", "strict": False, "frequency": often}
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, **settings}}
+        if recipe.schedule == "step":
+            step = rates.StepLR(optimizer, step_size=200)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": step, **every_epoch}}
+        cosine = rates.LambdaLR(optimizer, lambda _: warm_cosine(self._progress()))
+        settings = {"scheduler": cosine, "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": settings}
 
     def _progress(self) -> float:
         """Return how much of the training is done, by steps or by the clock, whichever is ahead."""
@@ -284,6 +302,120 @@ class DeepDEM(pl.LightningModule):
                 gone = timer.time_elapsed()
                 by_clock = max(by_clock, gone / max(gone + left, 1e-9))
         return min(max(by_steps, by_clock), 1.0)
+
+    # --- steps ------------------------------------------------------------------------------------
+
+    def _error(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return error and scale in metres, and between them where DSM and truth are there.
+
+        The error is 0 where they are not.
+        """
+        x, target = batch["layers"], batch["target"]
+        dsm = x[:, self.spec.layers.index("dsm")]
+        # Difference of heights first: residuals are small numbers, heights are not.
+        wanted = target - dsm
+        usable = torch.isfinite(wanted)
+        residual, scale = self.net.moments(x)
+        return torch.where(usable, residual - torch.nan_to_num(wanted), 0.0), usable, scale
+
+    def _loss(self, error: Tensor, usable: Tensor, scale: Tensor | None) -> Tensor:
+        unit = self.spec.dsm_scale
+        scaled = None if scale is None else scale / unit
+        return LOSSES[self.recipe.loss](error / unit, usable, scaled)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the masked loss; a batch without a valid pixel gives zero, never NaN."""
+        error, usable, scale = self._error(batch)
+        loss = self._loss(error, usable, scale)
+        metres = error.detach().abs().sum() / usable.sum().clamp(min=1)
+        self.log("train_loss", loss, batch_size=len(usable))
+        self.log("train_MAE", metres, prog_bar=True, batch_size=len(usable))
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the errors of the last epoch."""
+        self._seen, self._example = ErrorStatistics(), None
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Collect the errors in metres, and keep the first chip to be shown."""
+        error, usable, scale = self._error(batch)
+        self._seen.add(error, usable, scale, float(self._loss(error, usable, scale)))
+        if batch_idx == 0:
+            dsm = batch["layers"][0, self.spec.layers.index("dsm")]
+            truth = batch["target"][0]
+            known = torch.where(usable[0], truth + error[0], torch.nan)
+            self._example = (dsm.cpu(), known.cpu(), truth.cpu())
+
+    def on_validation_epoch_end(self) -> None:
+        """Log MAE, RMSE, NMAD and bias of the validation region, metres, and show a chip."""
+        seen = _everyones(self._seen)
+        metrics = seen.metrics()
+        if not metrics:
+            return
+        # All processes have the same numbers: there is nothing left to bring together.
+        for name, value in metrics.items():
+            self.log(name, value, prog_bar=name == "val_MAE", rank_zero_only=False)
+        if self.trainer.sanity_checking:
+            return
+        validation = {n: v for n, v in metrics.items() if n != "val_loss"}
+        self.net.spec = replace(
+            self.spec, training={**self.spec.training, "validation": validation}
+        )
+        boards = [lg for lg in self.loggers if isinstance(lg, TensorBoardLogger)]
+        if self._example is not None and boards and self.trainer.is_global_zero:
+            dsm, refined, truth = (part.numpy() for part in self._example)
+            row = picture(dsm, refined, truth, self.spec.pixel_size)
+            for board in boards:
+                board.experiment.add_image(
+                    "validation chip: initial, refined, truth, error before, after",
+                    row, self.global_step, dataformats="HWC",
+                )  # fmt: skip
+
+    def on_train_end(self) -> None:
+        """Calibrate predicted scales, and note what `refine` and a reader want to know.
+
+        By how much bfloat16 changes the heights, for one: `refine` goes by it, for it reads no
+        pixel before it decides on a precision.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        loader = data.val_dataloader() if data is not None else []
+        mode = self.training
+        self.eval()
+        with torch.inference_mode():
+            if self.spec.uncertainty:
+                self._calibrate(loader)
+            batch = next(iter(loader), None) or next(
+                iter(self.trainer.train_dataloader or []), None
+            )
+            noted: dict[str, Any] = {}
+            if batch is not None:
+                x = batch["layers"][:8].to(self.device)
+                exact = self.net.moments(x)[0]
+                rough = for_inference(self.net, bf16=True).moments(x)[0]
+                noted["bf16_rms_m"] = float((rough - exact).square().mean().sqrt())
+        self.train(mode)
+        noted |= {"augment": list(getattr(data, "augment", None) or ()),
+                  "recipe": {**asdict(self.recipe), "augment": list(self.recipe.augment)},
+                  "steps": self.trainer.global_step, "epochs": self.trainer.current_epoch,
+                  "batch_size": getattr(data, "batch_size", None)}  # fmt: skip
+        self.net.spec = replace(self.spec, training={**self.spec.training, **noted})
+
+    def _calibrate(self, loader: Any) -> None:
+        """Fit the one factor of predicted scales to the validation chips."""
+        seen = ErrorStatistics()
+        for batch in loader:
+            here: Batch = {name: part.to(self.device) for name, part in batch.items()}
+            seen.add(*self._error(here), 0.0)
+        if not seen.ratios:
+            log.warning("no validation chip: the predicted scales are not calibrated")
+            return
+        factor, shares = fit_temperature(torch.cat(seen.ratios))
+        noted = {"temperature": factor, **{f"inside_{k}": v for k, v in shares.items()}}
+        self.net.spec = replace(
+            self.spec,
+            temperature=self.spec.temperature * factor,
+            training={**self.spec.training, "calibration": noted},
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the scale and the statistics with the weights."""
@@ -306,36 +438,76 @@ class DeepDEM(pl.LightningModule):
         write_model(self.net, path)
 
 
-def _warm_cosine(progress: float, warm: float = 0.05) -> float:
-    if progress < warm:
-        return max(progress / warm, 0.02)
-    return 0.5 * (1 + math.cos(math.pi * (progress - warm) / (1 - warm)))
+def _loss_of(loss: str | None, uncertainty: bool) -> str | None:
+    """Return the loss that is meant: a predicted scale has its own, and it needs the scale."""
+    if uncertainty and loss not in (None, "laplace"):
+        raise ValueError(
+            f"loss={loss!r} does not train a predicted scale: leave it out, or uncertainty=False"
+        )
+    if loss == "laplace" and not uncertainty:
+        raise ValueError("loss='laplace' needs a predicted scale: pass uncertainty=True")
+    return "laplace" if uncertainty else loss
 
 
-def load_model(path: str | PathLike[str]) -> DeepDEM:
-    """Return the model of a model file; nothing in the file is executed.
+def _everyones(seen: ErrorStatistics) -> ErrorStatistics:
+    """Return what all processes of a distributed training have seen."""
+    spread = torch.distributed
+    if not (spread.is_available() and spread.is_initialized()):
+        return seen
+    parts: list[Any] = [None] * spread.get_world_size()
+    spread.all_gather_object(parts, seen)
+    together = ErrorStatistics()
+    for part in parts:
+        together.merge(part)
+    return together
+
+
+def load_model(
+    path: str | PathLike[str], *, network: nn.Module | None = None, **training: Any
+) -> DeepDEM:
+    """Return the model of a model file, to refine with or to train on; nothing in it is executed.
+
+    Trained on, it keeps its DSM scale and its layers' statistics.
 
     Parameters
     ----------
     path
         A path or a URL that fsspec knows.
+    network
+        The module of a model that was trained with one of your own: it is given the weights.
+    training
+        How it is to be trained on: ``preset``, ``learning_rate``, ``frozen_encoder`` and so on,
+        as `DeepDEM` takes them.
 
     Raises
     ------
     ValueError
         The file is no model file, or a newer version's, or its weights do not fit.
+
+    Examples
+    --------
+    >>> model = deepdem.load_model("baker.safetensors", learning_rate=1e-4).freeze_encoder()
+    >>> pytorch_lightning.Trainer(max_epochs=5).fit(model, data)
     """
-    return model_of(read_model(path))
+    net = read_model(path, network=network)
+    model = model_of(net, **training)
+    model.net.spec = replace(
+        net.spec, training={**net.spec.training, "started_from": Path(path).name}
+    )
+    return model
 
 
-def model_of(net: ResidualNet) -> DeepDEM:
+def model_of(net: ResidualNet, **training: Any) -> DeepDEM:
     """Return a DeepDEM, in evaluation mode, with the weights and the description of `net`."""
     spec = net.spec
+    own = net.network if spec.architecture == OWN else None
     model = DeepDEM(
         spec.layers, spec.target, architecture=spec.architecture, encoder=spec.encoder,
-        chip_size=spec.chip_size, dsm_scale=spec.dsm_scale, uncertainty=spec.uncertainty,
-        options=spec.options,
+        network=own, chip_size=spec.chip_size, dsm_scale=spec.dsm_scale,
+        uncertainty=spec.uncertainty, options=spec.options, **training,
     )  # fmt: skip
     model.net.spec = spec
     model.net.load_state_dict(net.state_dict())
+    if own is not None:
+        own.requires_grad_(True)
     return model.eval()

@@ -1,25 +1,14 @@
 from __future__ import annotations
 
-import json
-import math
-import pickle
 from dataclasses import replace
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
-from conftest import LAYERS, fitted
+from conftest import fitted
 
 import deepdem
-from deepdem.models import (
-    ModelSpec,
-    ResidualNet,
-    build_network,
-    for_inference,
-    read_model,
-    weights_hash,
-)
+from deepdem.models import ModelSpec, ResidualNet, build_network, for_inference
 
 
 def _spec(**change):
@@ -89,8 +78,17 @@ def test_a_wrong_spec_is_refused(change, match):
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match="encoder='resnet999'"):
+    with pytest.raises(ValueError, match=r"encoder='resnet999'.*nearest are resnet"):
         build_network(_spec(architecture="unet", encoder="resnet999", options={}))
+    with pytest.raises(ValueError, match="encoder='tu-nothing'"):
+        build_network(_spec(architecture="unet", encoder="tu-nothing", options={}))
+    with pytest.raises(ValueError, match=r"architecture='wnet' is not known.*resdepth.*unet"):
+        build_network(_spec(architecture="wnet"))
+    for architecture in ("resdepth", "unet"):
+        with pytest.raises(ValueError, match=r"options=.*colour.* do not fit"):
+            build_network(_spec(architecture=architecture, options={"colour": 1}))
+    with pytest.raises(ValueError, match="is no name of a network"):
+        _spec(encoder="tu-hf-hub:someone/something")
     with pytest.raises(ValueError, match="has none"):
         build_network(_spec(), "imagenet")
 
@@ -125,81 +123,56 @@ def test_resdepth_fits_its_checkpoint(data_folder):
     net.load_state_dict(state["model_state_dict"])
 
 
-# --- the model file -------------------------------------------------------------------------------
+class Plain(torch.nn.Module):
+    """A user's own network, defined nowhere but here."""
+
+    def __init__(self, layers=3, outputs=1):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(layers, outputs, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(x)
 
 
-def test_the_file_holds_all_that_refine_needs(tmp_path):
-    model = fitted()
-    model.net.spec = replace(model.spec, training={"scenes": ["a"], "validation": {"val_MAE": 1.0}})
-    path = tmp_path / "m.safetensors"
-    model.save(path)
-    again = deepdem.load_model(path)
-    assert replace(again.spec, training={}) == replace(model.spec, training={})
-    assert again.spec.training["scenes"] == ["a"]
-    assert again.spec.training["versions"]["torch"]
-    assert weights_hash(again.net) == weights_hash(model.net)
-    x = torch.randn(1, len(LAYERS), 64, 64)
+def test_a_network_of_one_s_own_is_looked_at():
+    model = deepdem.DeepDEM(["dsm", "ortho_left", "valid"], network=Plain(), chip_size=32)
+    assert (model.spec.architecture, model.spec.encoder) == ("own", "test_models.Plain")
+    with pytest.raises(ValueError, match="does not take a batch"):
+        deepdem.DeepDEM(["dsm", "valid"], network=Plain(), chip_size=32)
+    with pytest.raises(ValueError, match=r"gives \(2, 1, 32, 32\).*wanted \(2, 2, 32, 32\)"):
+        deepdem.DeepDEM(
+            ["dsm", "ortho_left", "valid"], network=Plain(), chip_size=32, uncertainty=True
+        )
+
+
+@pytest.mark.parametrize(
+    "encoder", ["resnet34", "tu-convnext_atto", "tu-efficientnet_b0", "mit_b0", "mobilenet_v2"]
+)
+def test_any_encoder_of_smp_and_timm(encoder):
+    net = ResidualNet(_spec(architecture="unet", encoder=encoder, chip_size=64, options={})).eval()
     with torch.no_grad():
-        np.testing.assert_array_equal(again(x), model(x))
-    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
-    with safetensors.safe_open(path, "pt") as file:  # any safetensors reader sees it
-        assert json.loads(file.metadata()["deepdem"])["spec"]["layers"] == list(LAYERS)
+        assert net(torch.zeros(1, 3, 64, 64)).shape == (1, 64, 64)
 
 
-def test_an_untrained_model_is_not_saved(tmp_path):
-    with pytest.raises(ValueError, match="no DSM scale"):
-        deepdem.DeepDEM(["dsm"], architecture="resdepth").save(tmp_path / "m.safetensors")
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("views", [0, 1, 4])
+def test_any_number_of_views(views):
+    layers = ("dsm", *(f"ortho_{n + 1}" for n in range(views)))
+    model = fitted(layers, target="lidar_dtm")
+    with torch.no_grad():
+        assert model(torch.zeros(1, 1 + views, 64, 64)).shape == (1, 64, 64)
 
 
-def test_strangers_files_are_refused_and_nothing_runs(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return (tmp_path.joinpath("ran").touch, ())
-
-    evil = tmp_path / "evil.safetensors"
-    evil.write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(ValueError, match="is no deepdem model file"):
-        read_model(evil)
-    assert not (tmp_path / "ran").exists()
-    other = tmp_path / "other.safetensors"
-    safetensors.torch.save_file({"a": torch.zeros(1)}, other)
-    with pytest.raises(ValueError, match="is no deepdem model file"):
-        read_model(other)
-    with pytest.raises(FileNotFoundError):
-        read_model(tmp_path / "none.safetensors")
-
-
-def _rewritten(path, change):
-    content = path.read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
-    described = json.loads(header["__metadata__"]["deepdem"])
-    change(described)
-    header["__metadata__"]["deepdem"] = json.dumps(described)
-    packed = json.dumps(header).encode()
-    return len(packed).to_bytes(8, "little") + packed + content[8 + length :]
-
-
-def test_a_newer_or_broken_file_says_so(tmp_path):
-    path = tmp_path / "m.safetensors"
-    fitted().save(path)
-    with pytest.raises(ValueError, match="upgrade deepdem"):
-        read_model(_rewritten(path, lambda d: d.update(format=99)))
-    with pytest.raises(ValueError, match="do not fit its own description"):
-        read_model(_rewritten(path, lambda d: d["spec"].update(layers=["dsm"])))
-    with pytest.raises(ValueError, match=r"\['colour'\], which is not known"):
-        read_model(_rewritten(path, lambda d: d["spec"].update(colour=1)))
-
-
-def test_the_hash_is_of_what_changes_the_numbers():
-    one, two = fitted(), fitted()
-    assert weights_hash(one.net) == weights_hash(two.net)
-    two.net.spec = replace(two.spec, training={"scenes": ["b"]})
-    assert weights_hash(one.net) == weights_hash(two.net)
-    two.net.spec = replace(two.spec, dsm_scale=5.1)
-    assert weights_hash(one.net) != weights_hash(two.net)
-    assert math.isnan(deepdem.DeepDEM(["dsm"], architecture="resdepth").spec.dsm_scale)
+def test_heights_are_float32_under_a_trainer_s_autocast():
+    """Convolutions follow the surrounding autocast; heights and residuals never do."""
+    net = ResidualNet(_spec()).eval()
+    seen = []
+    net.network.register_forward_hook(lambda _, x, y: seen.append((x[0].dtype, y.dtype)))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        residual, _ = net.moments(_batch(height=4000.0))
+    assert seen == [(torch.float32, torch.bfloat16)]
+    assert residual.dtype == torch.float32
+    with torch.no_grad():
+        np.testing.assert_allclose(residual, net(_batch(height=4000.0)), atol=0.2)
 
 
 def _normalised(net):

@@ -12,7 +12,6 @@ from conftest import LAYERS
 
 import deepdem
 from deepdem.data import augmented
-from deepdem.train import LOSSES, _warm_cosine
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers", "ignore:.*LeafSpec", "ignore:Checkpoint directory",
@@ -24,7 +23,7 @@ def _model(**options):
     torch.manual_seed(0)
     return deepdem.DeepDEM(
         LAYERS, architecture="resdepth", chip_size=32, options={"start_kernel": 8, "depth": 2},
-        learning_rate=5e-3, **options,
+        **{"learning_rate": 5e-3, **options},
     )  # fmt: skip
 
 
@@ -193,19 +192,109 @@ def test_training_by_the_clock(scene):
     assert trainer.optimizers[0].param_groups[0]["lr"] < 1e-3  # the schedule went by the clock
 
 
-def test_schedule():
-    values = [_warm_cosine(p) for p in np.linspace(0, 1, 101)]
-    assert values[0] < 0.05
-    assert max(values) == pytest.approx(1)
-    assert values[-1] == pytest.approx(0)
+def test_a_preset_says_how_chips_are_changed(scene):
+    """The recipe's optimizer, schedule and augmentation; what the data module was told stands."""
+    model = _model(preset="deepdem2024")
+    data, told = _data(scene), _data(scene, augment=["rotate"])
+    trainer = _trainer(max_epochs=1, limit_train_batches=1)
+    trainer.fit(model, data)
+    assert isinstance(trainer.optimizers[0], torch.optim.Adam)
+    assert not isinstance(trainer.optimizers[0], torch.optim.AdamW)
+    assert isinstance(
+        trainer.lr_scheduler_configs[0].scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau
+    )
+    assert data.augment == ("flip", "swap")
+    assert model.spec.training["augment"] == ["flip", "swap"]
+    assert model.spec.training["recipe"]["optimizer"] == "adam"
+    _trainer(max_epochs=1, limit_train_batches=1).fit(_model(preset="resdepth"), told)
+    assert told.augment == ("rotate",)
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES))
-def test_losses_are_zero_at_zero_and_grow(name):
-    error = torch.tensor([0.0, 0.1, 1.0])
-    loss = LOSSES[name](error)
-    assert loss[0] == 0
-    assert loss[0] < loss[1] < loss[2]
+def test_averaged_weights_are_validated_saved_and_resumed(scene, tmp_path):
+    model = _model(ema=0.9)
+    trainer = _trainer(enable_checkpointing=True, default_root_dir=tmp_path)
+    trainer.fit(model, _data(scene, split="left 60 %"))
+    (path,) = tmp_path.rglob("*.ckpt")
+    content = torch.load(path, weights_only=True)
+    name = "net.network.last_layer.weight"
+    torch.testing.assert_close(content["state_dict"][name], model.state_dict()[name])
+    assert not torch.equal(content["current_model_state"][name], content["state_dict"][name])
+    resumed = _trainer(max_epochs=3)
+    resumed.fit(_model(ema=0.9), _data(scene), ckpt_path=path)
+    assert resumed.current_epoch == 3
+
+
+def test_fine_tuning_keeps_scale_and_statistics(scene, tmp_path):
+    model = _model()
+    _trainer(max_epochs=1).fit(model, _data(scene, split="left 50 %"))
+    path = tmp_path / "first.safetensors"
+    model.save(path)
+    tuned = deepdem.load_model(path, learning_rate=1e-2).freeze_encoder()
+    before = {n: v.clone() for n, v in tuned.state_dict().items()}
+    data = _data(scene.assign(dsm=scene.dsm + 500.0), split="right 50 %")
+    _trainer(max_epochs=1).fit(tuned, data)
+    assert tuned.spec.means == model.spec.means
+    assert tuned.dsm_scale == model.dsm_scale
+    assert tuned.spec.training["started_from"] == "first.safetensors"
+    after = tuned.state_dict()
+    same = {n for n in before if torch.equal(before[n], after[n])}
+    # The encoder, its running statistics included, and nothing else.
+    assert same == {n for n in before if n.startswith("net.network.encoder.")}
+    again = _model(weights=str(path), frozen_encoder=True)
+    assert again.spec.means == model.spec.means
+    torch.testing.assert_close(again.state_dict(), model.state_dict())
+    trained = {n for n, p in again.unfreeze_encoder().named_parameters() if p.requires_grad}
+    assert trained == {n for n, _ in again.named_parameters()}
+    with pytest.raises(ValueError, match=r"is for layers=\('dsm', 'ortho_left'"):
+        deepdem.DeepDEM(["dsm"], architecture="resdepth", chip_size=32, weights=str(path))
+    from test_models import Plain
+
+    with pytest.raises(ValueError, match="has no part 'encoder'"):
+        deepdem.DeepDEM(["dsm", "ndvi", "valid"], network=Plain(), chip_size=32).freeze_encoder()
+
+
+def test_mixed_precision_and_what_is_refused(scene):
+    model = _model()
+    _trainer(max_epochs=1, precision="bf16-mixed").fit(model, _data(scene, split="left 60 %"))
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert np.isfinite(model.spec.training["validation"]["val_MAE"])
+    with pytest.raises(ValueError, match="steps of metres at 1000 m: pass '16-mixed'"):
+        _trainer(precision="bf16-true").fit(_model(), _data(scene))
+    with pytest.raises(ValueError, match="chip_size=32, the data module 64"):
+        _trainer().fit(_model(), _data(scene, chip_size=64))
+
+
+def test_a_calibrated_scale_says_what_it_holds(scene, tmp_path):
+    model = _model(uncertainty=True)
+    model.net.spec = model.spec
+    _trainer(max_epochs=6).fit(model, _data(scene, split="left 50 %"))
+    noted = model.spec.training["calibration"]
+    assert model.spec.temperature == noted["temperature"] != 1
+    assert noted["inside_68"] == pytest.approx(0.68, abs=0.08)
+    assert noted["inside_95"] == pytest.approx(0.95, abs=0.04)
+    model.save(tmp_path / "m.safetensors")
+    again = deepdem.load_model(tmp_path / "m.safetensors")
+    assert again.spec.temperature == model.spec.temperature
+    for wrong in ({"uncertainty": True, "loss": "l1"}, {"loss": "laplace"}):
+        with pytest.raises(ValueError, match="predicted scale"):
+            _model(**wrong)
+
+
+def test_loggers_get_metres_and_a_picture(scene, tmp_path):
+    pytest.importorskip("tensorboard")
+    from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board, sheet = TensorBoardLogger(tmp_path, "b"), CSVLogger(tmp_path, "c")
+    _trainer(logger=[board, sheet], log_every_n_steps=1).fit(
+        _model(), _data(scene, split="left 60 %")
+    )
+    rows = (tmp_path / "c/version_0/metrics.csv").read_text().splitlines()
+    assert {"val_MAE", "val_RMSE", "val_NMAD", "val_bias"} <= set(rows[0].split(","))
+    events = EventAccumulator(board.log_dir).Reload()
+    assert len(events.Scalars("val_MAE")) == 2
+    (tag,) = events.Tags()["images"]
+    assert len(events.Images(tag)) == 2  # one an epoch
 
 
 def test_augmentation_turns_layers_and_target_alike():
@@ -229,8 +318,6 @@ def test_errors(scene):
         _data(scene, split="half")
     with pytest.raises(ValueError, match="no scene"):
         _data([])
-    with pytest.raises(ValueError, match="loss='l3'"):
-        _model(loss="l3")
     with pytest.raises(ValueError, match=r"lacks the layers \['lidar_dsm'\]"):
         _trainer().fit(_model(), _data(scene.drop_vars("lidar_dsm")))
     empty = scene.copy(deep=True)

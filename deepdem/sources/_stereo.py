@@ -201,11 +201,20 @@ def _coarse(frame: Frame, a: Floats) -> Floats:
     return a
 
 
+def surroundings(frame: Frame) -> Frame:
+    """Return the frame on which the true surface must be known for an image of `frame`."""
+    return frame.grow(_LIT_M).grow(_SHADOW_M)
+
+
 def render(world: World, frame: Frame) -> dict[str, Floats]:
     """Return all layers of a frame by name; float32, metres or digital numbers, NaN in holes."""
+    return observe(world, frame, survey(world, surroundings(frame)))
+
+
+def observe(world: World, frame: Frame, surface: Surface) -> dict[str, Floats]:
+    """Return all layers of a frame by name, of a surface that covers its `surroundings`."""
     lit = frame.grow(_LIT_M)
-    wide = lit.grow(_SHADOW_M)
-    surface = survey(world, wide)
+    wide = surroundings(frame)
     light, shadow = _light(world, surface.top, frame.pixel_m)
     cut = lit.inside(wide)
     surface = surface.cut(cut)

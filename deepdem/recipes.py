@@ -1,0 +1,191 @@
+"""How a network is trained: losses, schedules, weight averages, and the presets that name them.
+
+Torch functions and settings; what Lightning does with them is in `deepdem.train`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+__all__ = ["LOSSES", "PRESETS", "Recipe", "averaged", "fit_temperature", "recipe_of", "warm_cosine"]
+
+#: Takes the error (n, y, x) in units of the DSM scale, 0 where it is not usable; where it is
+#: (bool); and the predicted Laplace scale in the same units, or None. Gives one number.
+Loss: TypeAlias = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
+
+
+# --- losses --------------------------------------------------------------------------------------
+
+
+def _mean(values: Tensor, usable: Tensor) -> Tensor:
+    """Return the mean over usable pixels: 0 where there is none, with a gradient of 0."""
+    return torch.where(usable, values, 0.0).sum() / usable.sum().clamp(min=1)
+
+
+def _l1(error: Tensor, usable: Tensor, scale: Tensor | None) -> Tensor:
+    return _mean(error.abs(), usable)
+
+
+def _huber(error: Tensor, usable: Tensor, scale: Tensor | None) -> Tensor:
+    # Quadratic within 0.05 of the DSM scale: half a metre where a chip spans ten.
+    zero = torch.zeros_like(error)
+    values = torch.nn.functional.huber_loss(error, zero, reduction="none", delta=0.05)
+    return _mean(values, usable)
+
+
+def _slopes(error: Tensor, usable: Tensor) -> Tensor:
+    """Return the mean step of the error between neighbours that are both usable."""
+    down = _mean((error[:, 1:] - error[:, :-1]).abs(), usable[:, 1:] & usable[:, :-1])
+    across = _mean((error[..., 1:] - error[..., :-1]).abs(), usable[..., 1:] & usable[..., :-1])
+    return 0.5 * (down + across)
+
+
+def _l1_slope(error: Tensor, usable: Tensor, scale: Tensor | None) -> Tensor:
+    return _l1(error, usable, None) + _slopes(error, usable)
+
+
+def _laplace(error: Tensor, usable: Tensor, scale: Tensor | None) -> Tensor:
+    assert scale is not None
+    return _mean(error.abs() / scale + torch.log(2 * scale), usable)
+
+
+#: Losses by name. A pixel without DSM or truth, or a chip of them, counts as nothing.
+#: "l1_slope" adds the error of the slopes, along both axes, to the error of the heights (Hu et
+#: al., 2019, equation 5, without their logarithm). "laplace" is the negative log-likelihood of a
+#: Laplace distribution, abs(e) / b + log 2b (Kendall and Gal, 2017, equation 8, for the L1 norm).
+LOSSES: dict[str, Loss] = {"l1": _l1, "huber": _huber, "l1_slope": _l1_slope, "laplace": _laplace}
+
+
+# --- recipes -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained; plain types.
+
+    Attributes
+    ----------
+    optimizer
+        ``"adamw"`` or ``"adam"``.
+    learning_rate, weight_decay
+        The optimizer's.
+    schedule
+        ``"cosine"``: up over the first 5 % of training, then down to zero as a cosine. Training is
+        as long as the Trainer's ``max_epochs``, ``max_steps`` or ``max_time``. ``"plateau"``:
+        halved after 50 epochs without a tenth less validation loss. ``"step"``: a tenth every 200
+        epochs. ``"constant"``.
+    loss
+        A name from `LOSSES`.
+    ema
+        The decay a step of the moving average of the weights that is validated and saved; 0: the
+        weights themselves.
+    augment
+        What `ChipDataModule` does to training chips if it is not told otherwise.
+    """
+
+    optimizer: str = "adamw"
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-2
+    schedule: str = "cosine"
+    loss: str = "l1"
+    ema: float = 0.0
+    augment: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, known in _KNOWN.items():
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is not known: pass one of {sorted(known)}"
+                )
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema={self.ema}: wanted a decay of at least 0 and less than 1")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate={self.learning_rate}: wanted more than 0")
+
+
+_KNOWN: dict[str, Any] = {
+    "optimizer": ("adamw", "adam"),
+    "schedule": ("cosine", "plateau", "step", "constant"),
+    "loss": LOSSES,
+}
+
+#: Recipes by name. "deepdem2024" is the published DeepDEM's, "resdepth" that of ResDepth
+#: (Stucker and Schindler, 2022): their settings, run by our code.
+PRESETS: dict[str, Recipe] = {
+    "default": Recipe(),
+    "deepdem2024": Recipe("adam", 5e-4, 0.0, "plateau", augment=("flip", "swap")),
+    "resdepth": Recipe("adam", 2e-4, 1e-5, "step", augment=("flip", "rotate")),
+}
+
+
+def recipe_of(preset: str, **changes: Any) -> Recipe:
+    """Return a preset with changes; None leaves an entry as it is.
+
+    Raises
+    ------
+    ValueError
+        The preset is not known, or an entry cannot be.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset={preset!r} is not known: pass one of {sorted(PRESETS)}")
+    wanted = {name: value for name, value in changes.items() if value is not None}
+    assert set(wanted) <= {f.name for f in fields(Recipe)}
+    return replace(PRESETS[preset], **wanted)
+
+
+# --- schedules and averages ----------------------------------------------------------------------
+
+
+def warm_cosine(progress: float, warm: float = 0.05) -> float:
+    """Return the share of the learning rate after `progress` (0 to 1) of the training."""
+    if progress < warm:
+        return max(progress / warm, 0.02)
+    return 0.5 * (1 + math.cos(math.pi * (progress - warm) / (1 - warm)))
+
+
+def averaged(decay: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Return the step of an exponential moving average that forgets its beginning.
+
+    The decay grows as (1 + n) / (10 + n) to the one asked for, so that a short training is
+    not averaged with the random weights that it began with.
+    """
+
+    def step(average: Tensor, now: Tensor, count: Tensor) -> Tensor:
+        n = float(count)
+        return average + (now - average) * (1 - min(decay, (1 + n) / (10 + n)))
+
+    return step
+
+
+# --- calibration ---------------------------------------------------------------------------------
+
+#: The half-width, in scales b, of the interval that holds a share of a Laplace distribution.
+_SHARES = {"68": -math.log(1 - 0.68), "95": -math.log(1 - 0.95)}
+
+
+def fit_temperature(ratio: Tensor) -> tuple[float, dict[str, float]]:
+    """Return what predicted scales are to be multiplied by, and the shares inside intervals then.
+
+    One number for all pixels (temperature scaling; Guo et al., 2017, for class probabilities):
+    the one for which the shares of errors inside the 68 % and the 95 % interval of a Laplace
+    distribution are nearest to what they say, a miss of the second counting twice.
+
+    Parameters
+    ----------
+    ratio
+        Absolute errors over their predicted scales b, 1-D.
+    """
+    sorted_ratio = ratio.double().sort().values
+    halves = torch.tensor(list(_SHARES.values()), dtype=torch.float64)
+    says, weight = halves.new_tensor([0.68, 0.95]), halves.new_tensor([1.0, 2.0])
+    factors = torch.logspace(-1, 1, 801, dtype=torch.float64)
+    inside = torch.searchsorted(sorted_ratio, factors[:, None] * halves) / len(ratio)
+    best = int(((inside - says).abs() * weight).amax(dim=1).argmin())
+    shares = dict(zip(_SHARES, inside[best].tolist(), strict=True))
+    return float(factors[best]), shares
