@@ -1,0 +1,289 @@
+"""Bare ground from points: a triangulation with a stated reach, and ground found without classes.
+
+All of it is local: what a pixel becomes depends on the points within a stated distance of it, so
+that any cut of the grid gives the same surface.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+from scipy.spatial import Delaunay, QhullError, cKDTree
+
+from deepdem.blocks import Box
+from deepdem.sources._cells import Points, cell_percentiles, inside
+
+__all__ = ["Smrf", "centroids", "fill_gaps", "nearest_idw", "smrf_ground", "smrf_reach_px", "tin"]
+
+# Of a pixel: by so much are points moved before they are triangulated (never when heights are
+# interpolated), so that four on a circle, as on any raster, have one triangulation and not two.
+_JITTER_PX = 1e-4
+_NEIGHBOURS = 12
+
+
+def centroids(points: Points, box: Box) -> Points:
+    """Return one point a pixel: the mean position and value of those in it.
+
+    On a plane the means lie on the plane. More than one vertex a pixel would make triangles that
+    no pixel centre sees.
+    """
+    points = inside(points, box)
+    width = box.x1 - box.x0
+    cols = np.floor(points[0]).astype(np.int64) - box.x0
+    rows = np.floor(points[1]).astype(np.int64) - box.y0
+    cells, size = rows * width + cols, math.prod(box.shape)
+    counts = np.bincount(cells, minlength=size)
+    held = counts > 0
+    # Against the pixel's own corner: sums of whole coordinates would round differently.
+    corner = np.floor(points)
+    corner[2] = 0.0
+    sums = [np.bincount(cells, of, minlength=size)[held] for of in points - corner]
+    means = np.stack(sums) / counts[held]
+    y, x = np.divmod(np.flatnonzero(held), width)
+    means[0] += x + box.x0
+    means[1] += y + box.y0
+    return means
+
+
+def _jittered(points: Points) -> NDArray[np.float64]:
+    """Return (2, n) coordinates moved by a hash of themselves: the same in every chunk.
+
+    The hash is splitmix64's (Steele et al., 2014).
+    """
+    bits = np.ascontiguousarray(points[:2]).view(np.uint64)
+    seed = bits * np.array([[0x9E3779B97F4A7C15], [0xC2B2AE3D27D4EB4F]], dtype=np.uint64)
+    mixed = np.stack([seed[0] ^ (seed[1] >> np.uint64(7)), seed[1] ^ (seed[0] >> np.uint64(11))])
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    unit = ((mixed ^ (mixed >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
+    moved: NDArray[np.float64] = points[:2] + _JITTER_PX * (2 * unit - 1)
+    return moved
+
+
+def tin(
+    points: Points,
+    targets: NDArray[np.float64],
+    gap_m: float,
+    step_m: tuple[float, float],
+) -> NDArray[np.float32]:
+    """Return heights interpolated linearly in the Delaunay triangles of the points.
+
+    A triangle counts if its circumcircle, which holds no point, is at most `gap_m` wide: the width
+    of a gap is that of the widest circle that fits into it. A target's triangle then lies within
+    `gap_m` of it, and so does all that makes it a triangle of the whole cloud's triangulation
+    (an empty circumcircle: Delaunay, 1934). Points farther than that change nothing.
+
+    Parameters
+    ----------
+    points
+        No two of them at one place.
+    targets
+        Shape (2, m): columns and rows. Points are needed within `gap_m` of each.
+    gap_m
+        Metres.
+    step_m
+        Metres of a pixel along (y, x).
+
+    Returns
+    -------
+    ndarray
+        Shape (m,), float32; NaN in wider gaps, and outside the points' hull.
+    """
+    out = np.full(targets.shape[1], np.nan, dtype=np.float32)
+    if points.shape[1] < 3 or not targets.shape[1]:
+        return out
+    # Whole pixels are subtracted, which is exact: float64 then has digits to spare for qhull.
+    origin = np.floor(targets.min(axis=1, keepdims=True))
+    scale = np.array([[step_m[1]], [step_m[0]]])
+    flat = (_jittered(points) - origin) * scale
+    try:
+        mesh = Delaunay(flat.T)
+    except QhullError:
+        return out  # all on one line: nothing is between them
+    found = mesh.find_simplex(((targets - origin) * scale).T)
+    hit = np.flatnonzero(found >= 0)
+    corners = mesh.simplices[found[hit]]
+    narrow = _circumradii(flat[:, corners]) <= gap_m / 2
+    hit, corners = hit[narrow], corners[narrow]
+    # In one order whatever qhull's, so that sums round alike in every chunk.
+    order = np.lexsort((points[0][corners], points[1][corners]), axis=1)
+    corners = np.take_along_axis(corners, order, axis=1)
+    local = (points[:2, corners] - targets[:, hit, None]) * scale[:, :, None]
+    out[hit] = _at_origin(local, points[2][corners])
+    return out
+
+
+def _circumradii(corners: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the radii of the circumcircles of triangles, shape (2, n, 3)."""
+    x, y = corners - corners[:, :, [1, 2, 0]]
+    sides = np.hypot(x, y)
+    twice_area = np.abs(x[:, 0] * y[:, 1] - x[:, 1] * y[:, 0])
+    with np.errstate(divide="ignore"):
+        radii: NDArray[np.float64] = sides.prod(axis=1) / (2 * twice_area)
+    return radii
+
+
+def _at_origin(corners: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the plane through each triangle's values at (0, 0)."""
+    x, y = corners
+    a = x[:, 1] * y[:, 2] - x[:, 2] * y[:, 1]
+    b = x[:, 2] * y[:, 0] - x[:, 0] * y[:, 2]
+    c = x[:, 0] * y[:, 1] - x[:, 1] * y[:, 0]
+    plane: NDArray[np.float64] = (
+        a * values[:, 0] + b * values[:, 1] + c * values[:, 2]
+    ) / (a + b + c)
+    return plane
+
+
+def centres(box: Box) -> NDArray[np.float64]:
+    """Return columns and rows of the centres of the pixels of `box`: shape (2, pixels)."""
+    y, x = np.mgrid[box.y0 : box.y1, box.x0 : box.x1] + 0.5
+    return np.stack([x.ravel(), y.ravel()])
+
+
+def nearest_idw(
+    points: Points, box: Box, gap_m: float, step_m: tuple[float, float], power: float = 2.0
+) -> NDArray[np.float32]:
+    """Return heights as means of the nearest points, weighted by inverse distance.
+
+    The 12 nearest within half of `gap_m` count: in the middle of a gap as wide its rim is reached.
+    NaN where there are none.
+    """
+    out = np.full(math.prod(box.shape), np.nan, dtype=np.float32)
+    if not points.shape[1]:
+        return out.reshape(box.shape)
+    scale = np.array([[step_m[1]], [step_m[0]]])
+    origin = np.array([[box.x0], [box.y0]])
+    tree = cKDTree(((points[:2] - origin) * scale).T)
+    away, which = tree.query(
+        ((centres(box) - origin) * scale).T, k=_NEIGHBOURS, distance_upper_bound=gap_m / 2
+    )
+    weight = np.maximum(away, 1e-6) ** -power  # infinitely far where there are fewer: 0
+    value = np.append(points[2], 0.0)[which]
+    hit = weight[:, 0] > 0
+    out[hit] = (weight * value).sum(axis=1)[hit] / weight.sum(axis=1)[hit]
+    return out.reshape(box.shape)
+
+
+def fill_gaps(
+    cells: NDArray[np.float32], box: Box, gap_m: float, step_m: tuple[float, float]
+) -> NDArray[np.float32]:
+    """Return cells whose gaps, up to `gap_m` wide, are filled from their rims by `tin`.
+
+    A rim is every cell with a value that has one without among its eight neighbours. Cells are
+    needed as far as `gap_m` and one more around those that are meant.
+    """
+    empty = np.isnan(cells)
+    rim = ndimage.binary_dilation(empty, np.ones((3, 3))) & ~empty
+    rows, cols = np.nonzero(rim)
+    points = np.stack([cols + box.x0 + 0.5, rows + box.y0 + 0.5, cells[rim]]).astype(np.float64)
+    y, x = np.nonzero(empty)
+    targets = np.stack([x + box.x0 + 0.5, y + box.y0 + 0.5])
+    filled = cells.copy()
+    filled[empty] = tin(points, targets, gap_m, step_m)
+    return filled
+
+
+# --- ground without classes ----------------------------------------------------------------------
+
+
+class Smrf:
+    """The numbers of the filter that finds ground: Pingel et al. (2013), table 2's defaults.
+
+    ``window_m``: half the width of the widest building. ``slope``: rise over run that ground does
+    not exceed. ``threshold_m`` and ``scaling``: a point is ground if it is no farther from the
+    provisional surface than the threshold and the scaling times the surface's slope.
+    """
+
+    cell_m, window_m, slope, threshold_m, scaling = 1.0, 18.0, 0.15, 0.5, 1.25
+
+
+def _smrf_cell_px(step_m: tuple[float, float]) -> int:
+    return max(1, round(Smrf.cell_m / (sum(step_m) / 2)))
+
+
+def _smrf_radii(step_m: tuple[float, float]) -> list[int]:
+    widest = max(1, round(Smrf.window_m / (_smrf_cell_px(step_m) * sum(step_m) / 2)))
+    return list(range(1, widest + 1))
+
+
+def smrf_reach_px(step_m: tuple[float, float]) -> int:
+    """Return how far from a pixel, in pixels, points still matter to whether it is ground.
+
+    Openings by squares: one of radius r of one of a smaller radius is that of radius r alone, so
+    that the reach is twice the widest and not the sum of all.
+    """
+    cell, widest = _smrf_cell_px(step_m), _smrf_radii(step_m)[-1]
+    gap = math.ceil(2 * Smrf.window_m / min(step_m) / cell)
+    return cell * (2 * widest + 2 + gap + 4)
+
+
+def smrf_ground(points: Points, box: Box, step_m: tuple[float, float]) -> Points:
+    """Return the points of bare ground among last returns, found by their shape.
+
+    The simple morphological filter of Pingel, Clarke and McBride (ISPRS J. 77, 2013): what an
+    opening of growing width takes off the lowest surface is an object if it stands out by more
+    than the slope explains. Two things are ours, to keep it local: the openings leave empty cells
+    out instead of filling them first, and what is cut out is filled from a triangulation that
+    spans no more than the widest window (theirs solves a system of springs over the whole area).
+
+    Parameters
+    ----------
+    points
+        Last returns, without noise.
+    box
+        Where they are; those nearer than `smrf_reach_px` to its edges are not decided right.
+    step_m
+        Metres of a pixel along (y, x).
+    """
+    cell = _smrf_cell_px(step_m)
+    coarse = points.copy()
+    coarse[:2] /= cell
+    around = Box(box.y0 // cell, -(-box.y1 // cell), box.x0 // cell, -(-box.x1 // cell))
+    coarse = inside(coarse, around)
+    wide_m = (step_m[0] * cell, step_m[1] * cell)
+    lowest = cell_percentiles(coarse, around, 0.0)
+    objects = _stands_out(lowest, _smrf_radii(step_m), Smrf.slope * sum(wide_m) / 2)
+    # What lies far below all around is noise: a pit that a closing of one cell fills.
+    objects |= _stands_out(-lowest, [1], 5.0 * sum(wide_m) / 2)
+    bare = np.where(objects, np.float32(np.nan), lowest)
+    surface = fill_gaps(bare, around, 2 * Smrf.window_m, wide_m)
+    slopes = np.hypot(*np.gradient(surface, *wide_m)) if min(surface.shape) > 1 else surface * 0
+    height = _bilinear(surface, coarse, around)
+    allowed = Smrf.threshold_m + Smrf.scaling * _bilinear(slopes, coarse, around)
+    with np.errstate(invalid="ignore"):
+        ground = np.abs(coarse[2] - height) <= allowed
+    found = coarse[:, ground]
+    found[:2] *= cell
+    return found
+
+
+def _stands_out(
+    surface: NDArray[np.float32], radii: list[int], rise: float
+) -> NDArray[np.bool_]:
+    """Return where openings of growing radius fall by more than `rise` times the radius."""
+    empty = np.isnan(surface)
+    low, high = np.where(empty, np.inf, surface), np.zeros(surface.shape, dtype=bool)
+    last = low
+    for radius in radii:
+        eroded = ndimage.minimum_filter(low, 2 * radius + 1, mode="nearest")
+        # Where a whole window is empty the minimum is no height: it must not win the maximum.
+        eroded[np.isinf(eroded)] = -np.inf
+        opened = ndimage.maximum_filter(eroded, 2 * radius + 1, mode="nearest")
+        with np.errstate(invalid="ignore"):
+            high |= (last - opened) > rise * radius
+        last = np.where(empty, np.inf, opened)
+    return high & ~empty
+
+
+def _bilinear(surface: NDArray[Any], points: Points, box: Box) -> NDArray[np.float64]:
+    """Return the surface at the points, NaN where one of the four cells around is."""
+    at = np.stack([points[1] - box.y0 - 0.5, points[0] - box.x0 - 0.5])
+    heights: NDArray[np.float64] = ndimage.map_coordinates(
+        surface.astype(np.float64), at, order=1, mode="nearest"
+    )
+    return heights
