@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from deepdem.data import ChipDataModule
     from deepdem.legacy import import_checkpoint
     from deepdem.scene import stack
+    from deepdem.sources.lidar import find_collections, grid_points
     from deepdem.sources.simulated import simulate_stereo
     from deepdem.sources.synthetic import synthetic_scene
     from deepdem.store import open_scene, open_scenes
@@ -25,6 +26,8 @@ __version__ = "0.1.0"
 _HOME = {
     "ChipDataModule": "deepdem.data",
     "DeepDEM": "deepdem.train",
+    "find_collections": "deepdem.sources.lidar",
+    "grid_points": "deepdem.sources.lidar",
     "import_checkpoint": "deepdem.legacy",
     "load_model": "deepdem.train",
     "open_scene": "deepdem.store",
@@ -38,6 +41,8 @@ __all__ = [
     "ChipDataModule",
     "DeepDEM",
     "__version__",
+    "find_collections",
+    "grid_points",
     "import_checkpoint",
     "load_model",
     "open_scene",

@@ -68,6 +68,8 @@ _STANDARD = (
           resampling="nearest"),
     Layer("lidar_dsm", "lidar first-return surface", "m", "truth"),
     Layer("lidar_dtm", "lidar bare ground", "m", "truth"),
+    Layer("intensity", "lidar return intensity", "1", "other"),
+    Layer("density", "lidar points per area of ground", "m-2", "other"),
     Layer("slope", "slope of the initial surface", "degree", "other"),
     Layer("canopy_height", "height of trees and buildings above the lidar's bare ground", "m",
           "stratum"),

@@ -41,13 +41,15 @@ def _cells(points: Points, box: Box) -> NDArray[np.int64]:
     width = box.x1 - box.x0
     cols = np.floor(points[0]).astype(np.int64) - box.x0
     rows = np.floor(points[1]).astype(np.int64) - box.y0
-    return rows * width + cols
+    flat: NDArray[np.int64] = rows * width + cols
+    return flat
 
 
 def cell_counts(points: Points, box: Box) -> NDArray[np.int64]:
     """Return how many points each cell of `box` holds: shape of the box, int64."""
     points = inside(points, box)
-    return np.bincount(_cells(points, box), minlength=math.prod(box.shape)).reshape(box.shape)
+    counts = np.bincount(_cells(points, box), minlength=math.prod(box.shape))
+    return counts.reshape(box.shape)
 
 
 def cell_percentiles(points: Points, box: Box, percentile: float) -> NDArray[np.float32]:

@@ -8,17 +8,16 @@ computed. laspy decodes.
 from __future__ import annotations
 
 import copy
+import glob
 import io
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
-from glob import glob, has_magic
 from pathlib import Path
-from types import ModuleType
 from typing import Any, TypeAlias
 
 import fsspec
@@ -56,12 +55,21 @@ class Raw:
     @staticmethod
     def of(points: Any) -> Raw:
         """Take what is needed of laspy's points."""
+        x, y, z = (np.asarray(getattr(points, axis), dtype=np.float64) for axis in "xyz")
         return Raw(
-            *(np.asarray(getattr(points, axis), dtype=np.float64) for axis in "xyz"),
-            np.asarray(points.intensity), np.asarray(points.classification, dtype=np.uint8),
+            x, y, z, np.asarray(points.intensity), np.asarray(points.classification, np.uint8),
             np.asarray(points.return_number), np.asarray(points.number_of_returns),
             np.asarray(points.withheld, dtype=bool),
         )  # fmt: skip
+
+    @staticmethod
+    def joined(parts: Sequence[Raw]) -> Raw:
+        """Return several in one, in order; without any, one without points."""
+        if not parts:
+            kinds = (float, float, float, np.uint16, np.uint8, np.uint8, np.uint8, bool)
+            return Raw(*(np.empty(0, dtype=kind) for kind in kinds))
+        names = [one.name for one in fields(Raw)]
+        return Raw(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,7 @@ class Cloud:
     options: tuple[tuple[str, Any], ...] = field(default=(), repr=False)
 
 
-def laspy_module() -> ModuleType:
+def laspy_module() -> Any:
     """Return laspy, with lazrs.
 
     Raises
@@ -142,8 +150,7 @@ class LasFile(Cloud):
         """Return some points of the beginning, the middle and the end."""
         width = min(10_000, self.count)
         starts = np.linspace(0, self.count - width, 5).astype(int)
-        parts = [self.read(start, start + width) for start in starts]
-        return Raw(*(np.concatenate([getattr(p, n) for p in parts]) for n in Raw.__annotations__))
+        return Raw.joined([self.read(start, start + width) for start in starts])
 
 
 # --- trees ---------------------------------------------------------------------------------------
@@ -278,8 +285,9 @@ class EptTree(Cloud):
         while todo:
             (level, x, y, z), page = todo.pop()
             width = side / 2**level
-            if (west + x * width > right or west + (x + 1) * width < left
-                    or south + y * width > top or south + (y + 1) * width < bottom):  # fmt: skip
+            # A pixel holds its left and its upper edge, not the others.
+            if (west + x * width >= right or west + (x + 1) * width < left
+                    or south + y * width > top or south + (y + 1) * width <= bottom):  # fmt: skip
                 continue
             key = f"{level}-{x}-{y}-{z}"
             count = _ept_page(self.root, page, self.options).get(key, 0)
@@ -304,17 +312,11 @@ class EptTree(Cloud):
         with ThreadPoolExecutor(_REQUESTS) as pool:
             files = list(pool.map(lambda url: fetch(url, dict(self.options)), urls))
         decode = _decode_laz if kind == "laszip" else _decode_binary
-        parts = [decode(file, about) for file in files] or [_no_points()]
-        return Raw(*(np.concatenate([getattr(p, n) for p in parts]) for n in Raw.__annotations__))
+        return Raw.joined([decode(file, about) for file in files])
 
     def sample(self) -> Raw:
         """Return the points of the root, which are spread over all of it."""
         return self.read(self.extent, math.inf)
-
-
-def _no_points() -> Raw:
-    kinds = (np.float64, np.float64, np.float64, np.uint16, np.uint8, np.uint8, np.uint8, bool)
-    return Raw(*(np.empty(0, dtype=kind) for kind in kinds))
 
 
 def _decode_laz(data: bytes, about: Mapping[str, Any]) -> Raw:
@@ -324,7 +326,7 @@ def _decode_laz(data: bytes, about: Mapping[str, Any]) -> Raw:
 
 def _decode_binary(data: bytes, about: Mapping[str, Any]) -> Raw:
     if about["dataType"] == "zstandard":
-        from numcodecs import Zstd  # Zarr brings it
+        from numcodecs import Zstd  # type: ignore[import-untyped]  # Zarr brings it
 
         data = bytes(Zstd().decode(data))
     letters = {"signed": "i", "unsigned": "u", "float": "f"}
@@ -383,8 +385,8 @@ def _expanded(url: str) -> list[str]:
     url = url.removeprefix("ept://")
     if not local(url):
         return [url if url.endswith((".laz", ".las", ".json")) else f"{url.rstrip('/')}/ept.json"]
-    if has_magic(url) and not Path(url).exists():
-        found = sorted(glob(url, recursive=True))
+    if glob.has_magic(url) and not Path(url).exists():
+        found = sorted(glob.glob(url, recursive=True))  # noqa: PTH207  # of absolute patterns too
         if not found:
             raise FileNotFoundError(f"no file fits {url}: check the pattern")
         return [str(Path(path).absolute()) for path in found]
@@ -414,11 +416,11 @@ def _open(url: str, crs: Any, unit: Any, options: tuple[tuple[str, Any], ...]) -
     copc = any(isinstance(vlr, laspy.copc.CopcInfoVlr) for vlr in header.vlrs)
     said = named_crs(crs, url) if crs is not None else header_crs(header, url)
     flat, height_m, vertical = unit_factor(said, unit, header, url)
-    extent = (header.mins[0], header.mins[1], header.maxs[0], header.maxs[1])
+    (left, bottom), (right, top) = map(float, header.mins[:2]), map(float, header.maxs[:2])
     version = modified(url, dict(options)) or stream.held.get(-1, b"").hex()
     kind = CopcTree if copc else LasFile
     return kind(
-        url, flat, height_m, tuple(map(float, extent)), header.point_count, vertical, version,
+        url, flat, height_m, (left, bottom, right, top), header.point_count, vertical, version,
         options,
     )  # fmt: skip
 

@@ -17,7 +17,16 @@ from scipy.spatial import Delaunay, QhullError, cKDTree
 from deepdem.blocks import Box
 from deepdem.sources._cells import Points, cell_percentiles, inside
 
-__all__ = ["Smrf", "centroids", "fill_gaps", "nearest_idw", "smrf_ground", "smrf_reach_px", "tin"]
+__all__ = [
+    "Smrf",
+    "centres",
+    "centroids",
+    "fill_gaps",
+    "nearest_idw",
+    "smrf_ground",
+    "smrf_reach_px",
+    "tin",
+]
 
 # Of a pixel: by so much are points moved before they are triangulated (never when heights are
 # interpolated), so that four on a circle, as on any raster, have one triangulation and not two.
@@ -133,9 +142,9 @@ def _at_origin(corners: NDArray[np.float64], values: NDArray[np.float64]) -> NDA
     a = x[:, 1] * y[:, 2] - x[:, 2] * y[:, 1]
     b = x[:, 2] * y[:, 0] - x[:, 0] * y[:, 2]
     c = x[:, 0] * y[:, 1] - x[:, 1] * y[:, 0]
-    plane: NDArray[np.float64] = (
-        a * values[:, 0] + b * values[:, 1] + c * values[:, 2]
-    ) / (a + b + c)
+    plane: NDArray[np.float64] = (a * values[:, 0] + b * values[:, 1] + c * values[:, 2]) / (
+        a + b + c
+    )
     return plane
 
 
@@ -151,10 +160,10 @@ def nearest_idw(
     """Return heights as means of the nearest points, weighted by inverse distance.
 
     The 12 nearest within half of `gap_m` count: in the middle of a gap as wide its rim is reached.
-    NaN where there are none.
+    NaN where `tin` gives NaN: in wider gaps, and outside the points' hull.
     """
-    out = np.full(math.prod(box.shape), np.nan, dtype=np.float32)
-    if not points.shape[1]:
+    out = tin(points, centres(box), gap_m, step_m)
+    if np.isnan(out).all():
         return out.reshape(box.shape)
     scale = np.array([[step_m[1]], [step_m[0]]])
     origin = np.array([[box.x0], [box.y0]])
@@ -164,7 +173,7 @@ def nearest_idw(
     )
     weight = np.maximum(away, 1e-6) ** -power  # infinitely far where there are fewer: 0
     value = np.append(points[2], 0.0)[which]
-    hit = weight[:, 0] > 0
+    hit = (weight[:, 0] > 0) & ~np.isnan(out)
     out[hit] = (weight * value).sum(axis=1)[hit] / weight.sum(axis=1)[hit]
     return out.reshape(box.shape)
 
@@ -262,9 +271,7 @@ def smrf_ground(points: Points, box: Box, step_m: tuple[float, float]) -> Points
     return found
 
 
-def _stands_out(
-    surface: NDArray[np.float32], radii: list[int], rise: float
-) -> NDArray[np.bool_]:
+def _stands_out(surface: NDArray[np.float32], radii: list[int], rise: float) -> NDArray[np.bool_]:
     """Return where openings of growing radius fall by more than `rise` times the radius."""
     empty = np.isnan(surface)
     low, high = np.where(empty, np.inf, surface), np.zeros(surface.shape, dtype=bool)

@@ -90,9 +90,7 @@ def _geotiff_wkt(keys: dict[int, bytes]) -> str:
         return raster.crs.to_wkt() if raster.crs else ""
 
 
-def unit_factor(
-    crs: pyproj.CRS, unit: Any, header: Any, url: str
-) -> tuple[pyproj.CRS, float, str]:
+def unit_factor(crs: pyproj.CRS, unit: Any, header: Any, url: str) -> tuple[pyproj.CRS, float, str]:
     """Return the horizontal CRS, the metres of a unit of height, and who says so.
 
     In this order: `unit`; the vertical part of the CRS; the GeoTIFF key of vertical units; the

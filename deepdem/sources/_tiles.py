@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import tempfile
+import threading
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -140,7 +141,8 @@ def _transformer(source: str, target: str) -> pyproj.Transformer:
 
 def _between(cloud: Cloud, grid: GeoBox) -> pyproj.Transformer | None:
     """Return the way from the cloud's CRS to the grid's; None where they are the same."""
-    target = pyproj.CRS(grid.crs.to_wkt()).to_2d()  # type: ignore[union-attr]  # checked before
+    assert grid.crs is not None  # grid_from has seen to it
+    target = grid.crs.proj.to_2d()
     if cloud.crs.equals(target, ignore_axis_order=True):
         return None
     return _transformer(cloud.crs.to_wkt(), target.to_wkt())
@@ -179,19 +181,21 @@ def footprint_px(cloud: Cloud, job: Job) -> Box:
 
 
 def _extent(region: Box, cloud: Cloud, job: Job) -> tuple[float, float, float, float] | None:
-    """Return a region, and a pixel more all round, as an extent in the cloud's CRS."""
+    """Return a region as an extent in the cloud's CRS, there with a pixel more all round."""
     region = region.intersect(footprint_px(cloud, job))
     if region.empty:
         return None
-    transform = job.grid.transform
-    left, top = transform * (region.x0 - 1, region.y0 - 1)
-    right, bottom = transform * (region.x1 + 1, region.y1 + 1)
     transformer = _between(cloud, job.grid)
+    more = 0 if transformer is None else 1  # edges are not straight any more
+    transform = job.grid.transform
+    left, top = transform * (region.x0 - more, region.y0 - more)
+    right, bottom = transform * (region.x1 + more, region.y1 + more)
     if transformer is None:
         return left, bottom, right, top
-    return transformer.transform_bounds(  # type: ignore[no-any-return]  # pyproj is untyped
+    found: tuple[float, float, float, float] = transformer.transform_bounds(
         left, bottom, right, top, densify_pts=21, direction="INVERSE"
     )
+    return found
 
 
 def _spacing(cloud: Cloud, job: Job) -> float | None:
@@ -206,9 +210,7 @@ def _spacing(cloud: Cloud, job: Job) -> float | None:
     return job.spacing_m / (sum(steps) / 2)
 
 
-def _tree_points(
-    cloud: CopcTree | EptTree, region: Box, job: Job, ground: Ground | None
-) -> Points:
+def _tree_points(cloud: CopcTree | EptTree, region: Box, job: Job, ground: Ground | None) -> Points:
     extent = _extent(region, cloud, job)
     if extent is None:
         return np.empty((3, 0))
@@ -222,8 +224,9 @@ def ground_of(job: Job) -> Ground:
     Eight clouds are looked at, spread over all: the root of a tree, fifty thousand points of a
     file.
     """
-    if job.ground in ("classes", "smrf"):
-        return job.ground  # type: ignore[return-value]  # mypy does not see that it is one of them
+    told: dict[str, Ground] = {"classes": "classes", "smrf": "smrf"}
+    if job.ground in told:
+        return told[job.ground]
     some = np.unique(np.linspace(0, len(job.clouds) - 1, 8).round().astype(int))
     for n in some:
         if _in_classes(_sample(job.clouds[n]), job.ground_classes).any():
@@ -294,7 +297,7 @@ def _in_buckets(points: Points) -> Points:
     return points[:, np.lexsort((col, row))]
 
 
-_NUMBERS = itertools.count()
+_NUMBERS, _LOCK = itertools.count(), threading.Lock()
 
 
 @lru_cache(maxsize=1)
@@ -304,7 +307,8 @@ def _own_folder() -> tempfile.TemporaryDirectory[str]:
 
 def _new_path() -> Path:
     """Return a new file's path: in the folder of the Dask worker, or in one of this process."""
-    folder = Path(_own_folder().name)
+    with _LOCK:  # two threads at once would make two, and one of them would be removed
+        folder = Path(_own_folder().name)
     if "distributed" in sys.modules:
         from distributed import get_worker
 

@@ -27,11 +27,11 @@ from odc.geo.xr import xr_coords
 from deepdem.blocks import Box, Chunks, chunks_of
 from deepdem.grid import grid_from, ground_steps
 from deepdem.layers import describe
-from deepdem.sources._clouds import Cloud, LasFile, open_clouds
-from deepdem.sources._collections import Collection
+from deepdem.sources._clouds import LasFile, open_clouds
+from deepdem.sources._collections import USGS_3DEP, Collection, find_collections
 from deepdem.sources._tiles import Job, footprint_px, ground_of, make_tile, sort_piece
 
-__all__ = ["PointSource", "grid_points"]
+__all__ = ["USGS_3DEP", "Collection", "PointSource", "find_collections", "grid_points"]
 
 #: A path, a URL or a pattern, a collection of `find_collections`, or several of one sort.
 PointSource: TypeAlias = (
