@@ -20,6 +20,7 @@ import rasterio.warp
 import xarray as xr
 from affine import Affine
 from numpy.typing import NDArray
+from odc.geo.crs import CRS
 from odc.geo.geobox import GeoBox
 from odc.geo.geom import BoundingBox
 from odc.geo.overlap import compute_reproject_roi
@@ -28,12 +29,16 @@ from rasterio.errors import NotGeoreferencedWarning
 
 from deepdem.blocks import Box, chunks_of, map_regions
 from deepdem.sources.raster import geobox_of
+from deepdem.vertical import horizontal
 
 __all__ = [
     "Bounds",
+    "check_grids",
     "crop_grid",
+    "flat",
     "grid_from",
     "ground_steps",
+    "odc_crs",
     "pixel_size_m",
     "regrid",
     "same_grid",
@@ -47,14 +52,34 @@ warnings.filterwarnings("ignore", category=NotGeoreferencedWarning, module="rast
 
 # Of a pixel: grids closer than this are one grid, and values are copied, not interpolated.
 _SAME_PX = 1e-3
+_HALF_PX = 0.02
+# By how much a pixel's sides may differ on the ground.
+_SQUARE = 0.02
 # The warper's transformer is approximated to this many source pixels: on a slope of 45 degrees
 # and pixels of a metre the height is right to 0.01 mm.
 _TRANSFORMER_PX = 1e-5
 
 
+def flat(box: GeoBox) -> GeoBox:
+    """Return the grid without the vertical part of its CRS: what pixels are compared by."""
+    if box.crs is None or not (box.crs.proj.is_compound or len(box.crs.proj.axis_info) > 2):
+        return box
+    crs = horizontal(box.crs.proj)
+    return GeoBox(box.shape, box.affine, odc_crs(crs))
+
+
+def odc_crs(crs: Any) -> CRS:
+    """Return odc-geo's CRS of anything that pyproj knows: compound ones it takes as WKT only."""
+    if isinstance(crs, CRS):
+        return crs
+    proj = pyproj.CRS(crs)
+    code = proj.to_epsg(min_confidence=100)
+    return CRS(f"EPSG:{code}") if code else CRS(proj.to_wkt())
+
+
 def same_grid(a: GeoBox, b: GeoBox) -> bool:
     """Return whether two grids have the same shape, CRS and pixels (to a thousandth of one)."""
-    if a.shape != b.shape or a.crs != b.crs:
+    if a.shape != b.shape:
         return False
     shift = _integer_shift(a, b)
     return shift is not None and shift == (0, 0)
@@ -62,6 +87,7 @@ def same_grid(a: GeoBox, b: GeoBox) -> bool:
 
 def _integer_shift(source: GeoBox, target: GeoBox) -> tuple[int, int] | None:
     """Return by how many whole pixels (y, x) `target` starts inside `source`, if by whole ones."""
+    source, target = flat(source), flat(target)
     if source.crs != target.crs:
         return None
     to_source: Affine = ~source.transform * target.transform
@@ -100,11 +126,11 @@ def grid_from(
     elif extent is None or resolution is None:
         raise ValueError("no grid: pass like= (a layer's name, a scene, a GeoBox) or resolution=")
     else:
-        box = GeoBox.from_bbox(extent, crs=crs, resolution=resolution, tight=False)
+        box = GeoBox.from_bbox(extent, crs=odc_crs(crs), resolution=resolution, tight=False)
     if not box.transform.is_rectilinear or box.transform.e > 0 or box.transform.a < 0:
         raise ValueError(
             f"the grid's geotransform {tuple(box.transform)[:6]} is rotated or not north-up: pass "
-            "like= a north-up raster, or crs= and resolution="
+            "like= a north-up raster or a GeoBox, or crs= and resolution="
         )
     return box
 
@@ -128,9 +154,9 @@ def crop_grid(grid: GeoBox, footprints: Mapping[str, GeoBox], bounds: Bounds) ->
     ValueError
         The layers do not overlap (the message names the two that do not), or `bounds` are none.
     """
-    crs = grid.crs
+    crs = flat(grid).crs
     assert crs is not None  # grid_from has seen to it
-    boxes = {name: box.footprint(crs).boundingbox for name, box in footprints.items()}
+    boxes = {name: flat(box).footprint(crs).boundingbox for name, box in footprints.items()}
     if isinstance(bounds, str):
         if bounds not in ("intersection", "union"):
             raise ValueError(
@@ -185,16 +211,60 @@ def _pretty(box: BoundingBox) -> str:
     return f"x {box.left:.1f} to {box.right:.1f}, y {box.bottom:.1f} to {box.top:.1f}"
 
 
+def check_grids(grid: GeoBox, layers: Mapping[str, GeoBox]) -> None:
+    """Warn of grids that are probably not what was meant; `stack` goes on all the same.
+
+    Parameters
+    ----------
+    grid
+        The scene's.
+    layers
+        The layers' own, by name. One of the same pixel size that lies half a pixel off is named:
+        as a rule someone took the centre of a pixel for its corner. Other fractions of a pixel are
+        interpolated without a word.
+    """
+    for name, box in layers.items():
+        if flat(box).crs != flat(grid).crs:
+            continue
+        to_box: Affine = ~grid.transform * box.transform
+        scale = np.array([to_box.a - 1, to_box.b, to_box.d, to_box.e - 1])
+        if np.abs(scale).max() * max(box.shape) > _SAME_PX:
+            continue
+        off = {"x": to_box.c % 1, "y": to_box.f % 1}
+        if half := [axis for axis, shift in off.items() if abs(shift - 0.5) < _HALF_PX]:
+            warnings.warn(
+                f"layer {name!r} lies half a pixel ({' and '.join(half)}) off the scene's grid, at "
+                "the same pixel size: a pixel's centre may have been taken for its corner "
+                "(AREA_OR_POINT). If so move it by half a pixel (gdal_edit.py -a_ullr …); it is "
+                "interpolated as it stands",
+                UserWarning, stacklevel=3,
+            )  # fmt: skip
+    if grid.crs is not None and grid.crs.geographic:
+        dy, dx = map(abs, _ground_pixel(grid))
+        if abs(dx / dy - 1) > _SQUARE:
+            warnings.warn(
+                f"the scene's grid is in degrees: a pixel is {dx:.3f} m wide and {dy:.3f} m high; "
+                f"its size is taken for {(dx + dy) / 2:.3f} m, the mean of both geodesics at the "
+                "grid's centre. For square pixels pass crs= (a UTM zone) and resolution=",
+                UserWarning, stacklevel=3,
+            )  # fmt: skip
+
+
 def pixel_size_m(grid: GeoBox) -> float:
     """Return the pixel size in metres on the ground: the mean of both axes, at the grid's centre.
 
     See `ground_steps`: it is measured, so that a nominal metre of UTM may be 1.0004 m. Without a
     CRS, the size is taken for metres.
     """
+    return sum(map(abs, _ground_pixel(grid))) / 2
+
+
+def _ground_pixel(grid: GeoBox) -> tuple[float, float]:
+    """Return a pixel's height and width in metres on the ground, at the grid's centre."""
     centre = grid.transform * (grid.shape.x / 2, grid.shape.y / 2)
-    crs = None if grid.crs is None else grid.crs.proj
+    crs = None if grid.crs is None else horizontal(grid.crs.proj)
     dx, dy = grid.resolution.xy
-    return sum(map(abs, ground_steps(crs, at=(centre[1], centre[0]), step=(dy, dx)))) / 2
+    return ground_steps(crs, at=(centre[1], centre[0]), step=(dy, dx))
 
 
 def ground_steps(
@@ -280,6 +350,8 @@ def regrid(array: xr.DataArray, grid: GeoBox, *, resampling: str, chunks: int) -
         )
     source = geobox_of(array)
     assert source is not None  # open_layer has seen to it
+    # The warper is kept from the vertical part: it would ask PROJ for geoids on its own.
+    full, source, grid = grid, flat(source), flat(grid)
     shift = _integer_shift(source, grid)
     zoom = max(_zoom(source, grid), 1.0)
     whole = Box(0, source.shape.y, 0, source.shape.x)
@@ -305,7 +377,7 @@ def regrid(array: xr.DataArray, grid: GeoBox, *, resampling: str, chunks: int) -
         if shift is None
         else {"shift": shift},
     )
-    out = xr.DataArray(data, coords=xr_coords(grid, always_yx=True), dims=("y", "x"))
+    out = xr.DataArray(data, coords=xr_coords(full, always_yx=True), dims=("y", "x"))
     out.attrs = dict(array.attrs)
     out.encoding = {"grid_mapping": "spatial_ref"}
     return out.rename(array.name)

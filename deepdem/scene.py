@@ -6,14 +6,33 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import dask.array as da
+import pyproj
 import rasterio.enums
 import xarray as xr
 from odc.geo.geobox import GeoBox
 from odc.geo.geom import BoundingBox
 
-from deepdem.grid import Bounds, crop_grid, grid_from, pixel_size_m, regrid
+from deepdem.grid import (
+    Bounds,
+    check_grids,
+    crop_grid,
+    flat,
+    grid_from,
+    odc_crs,
+    pixel_size_m,
+    regrid,
+)
 from deepdem.layers import describe
 from deepdem.sources.raster import RasterSource, geobox_of, open_layer
+from deepdem.vertical import (
+    Vertical,
+    check_vertical,
+    convert_heights,
+    horizontal,
+    vertical_from,
+    vertical_of,
+    with_vertical,
+)
 
 __all__ = [
     "check_scene",
@@ -35,6 +54,8 @@ def stack(
     resolution: float | None = None,
     bounds: Bounds = "intersection",
     resampling: Mapping[str, str] | str | None = None,
+    heights: Mapping[str, Any] | None = None,
+    vertical_crs: Any = None,
     chunks: int = CHUNK_PX,
 ) -> xr.Dataset:
     """Return one scene: every layer on one grid, lazy; nothing but headers is read.
@@ -57,6 +78,13 @@ def stack(
     resampling
         One method for all, or one a layer; names of `rasterio.enums.Resampling`. Default:
         bilinear, masks nearest. Layers whose pixels lie on the grid's are copied.
+    heights
+        What the heights of a layer are above, where its file does not say it or says it wrong:
+        ``{"dsm": "ellipsoid", "lidar_dsm": "EPSG:5703"}``.
+    vertical_crs
+        What heights are to be above: ``"ellipsoid"`` (that of the grid's CRS) or a vertical CRS
+        such as ``"EPSG:5773"``. Every height layer is converted by PROJ, lazily, and the scene's
+        CRS becomes 3-D or compound. Without it heights stay as they are.
     chunks
         The width of the Dask chunks in pixels.
 
@@ -64,15 +92,26 @@ def stack(
     -------
     Dataset
         Dims (y, x), coordinates y, x (pixel centres) and ``spatial_ref``; float32 layers, NaN for
-        no data, whatever a file's nodata value or mask band; masks bool.
+        no data, whatever a file's nodata value or mask band; masks bool. North is up, whichever
+        way a raster's rows go; rotated rasters are turned by the warper. Height layers have
+        ``attrs["vertical_reference"]`` where it is known. On a geographic grid
+        ``attrs["pixel_size_m"]`` is the pixel size derived from it (`deepdem.grid.pixel_size_m`).
 
     Raises
     ------
     ValueError
         A raster lacks a CRS or a geotransform or has several bands, rasters do not overlap, a
-        name in `like` or `resampling` is no layer. The message names the layer and the cure.
+        name in `like`, `resampling` or `heights` is no layer, the grid itself is rotated, some
+        heights are above an ellipsoid and some above a geoid, or the geoid's grid that
+        `vertical_crs` needs is missing. The message names the layer and the cure.
     FileNotFoundError
         A path cannot be opened.
+
+    Warns
+    -----
+    UserWarning
+        A layer lies half a pixel off the grid; a geographic grid's pixels are not square; some
+        heights do not say what they are above, or are above different geoids.
 
     Examples
     --------
@@ -87,11 +126,61 @@ def stack(
     boxes = {name: _box(array) for name, array in opened.items()}
     grid = _target(like, crs, resolution, bounds, boxes)
     methods = _methods(resampling, opened)
-    return _dataset(
-        {
-            name: regrid(array, grid, resampling=methods[name], chunks=chunks)
-            for name, array in opened.items()
-        }
+    check_grids(grid, boxes)
+    above = _verticals(opened, boxes, heights or {})
+    to = None if vertical_crs is None else vertical_from(vertical_crs)
+    if to is None:
+        check_vertical(above)
+    elif to.metres != 1:
+        raise ValueError(f"vertical_crs={vertical_crs!r} is not in metres: heights here are")
+    else:
+        grid = GeoBox(grid.shape, grid.affine, odc_crs(with_vertical(_proj(grid), to)))
+    arrays = {
+        name: regrid(array, grid, resampling=methods[name], chunks=chunks)
+        for name, array in opened.items()
+    }
+    for name, said in above.items():
+        if to is not None:
+            arrays[name] = _converted(arrays[name], boxes[name], said, grid)
+        elif said is not None:
+            arrays[name].attrs["vertical_reference"] = said.name
+    ds = _dataset(arrays)
+    if _proj(grid).is_geographic:
+        ds.attrs["pixel_size_m"] = pixel_size_m(grid)
+    return ds
+
+
+def _proj(grid: GeoBox) -> pyproj.CRS:
+    assert grid.crs is not None  # grid_from has seen to it
+    return grid.crs.proj
+
+
+def _verticals(
+    layers: Mapping[str, xr.DataArray], boxes: Mapping[str, GeoBox], heights: Mapping[str, Any]
+) -> dict[str, Vertical | None]:
+    """Return what the height layers are above, as they say or as it is said of them."""
+    names = [name for name in layers if describe(name).is_height]
+    if strange := sorted(set(heights) - set(names)):
+        raise ValueError(f"heights= names {strange}, which are no height layers: {names} are")
+    return {
+        name: vertical_from(heights[name])
+        if name in heights
+        else vertical_of(layers[name].attrs, _proj(boxes[name]))
+        for name in names
+    }
+
+
+def _converted(
+    array: xr.DataArray, box: GeoBox, above: Vertical | None, grid: GeoBox
+) -> xr.DataArray:
+    if above is None or above.kind == "unknown":
+        raise ValueError(
+            f"vertical_crs=: layer {array.name!r} does not say what its heights are above"
+            f"{'' if above is None else f' ({above.name!r})'}: pass heights={{{array.name!r}: "
+            "'ellipsoid'}, or a vertical CRS such as 'EPSG:5773'"
+        )
+    return convert_heights(
+        array, transform=grid.affine, source=with_vertical(_proj(box), above), target=_proj(grid)
     )
 
 
@@ -118,8 +207,9 @@ def _target(
         return crop_grid(grid_from(boxes[default]), boxes, bounds)
     if resolution is None:
         raise ValueError(f"crs={crs!r} without a resolution: pass resolution= in its units")
-    target: Any = boxes[default].crs if crs is None else crs
-    extents = [box.footprint(target).boundingbox for box in boxes.values()]
+    target = odc_crs(boxes[default].crs if crs is None else crs)
+    level = odc_crs(horizontal(target.proj))
+    extents = [flat(box).footprint(level).boundingbox for box in boxes.values()]
     extent = BoundingBox(
         min(e.left for e in extents), min(e.bottom for e in extents),
         max(e.right for e in extents), max(e.top for e in extents), crs=target,

@@ -29,6 +29,7 @@ ROOMS = (
     "layers",
     "windows",
     "blocks",
+    "vertical",
     "sources/_lattice",
     "sources/_landscape",
     "sources/_stereo",

@@ -1,18 +1,21 @@
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import rasterio
 import rioxarray
 import xarray as xr
+from affine import Affine
 from odc.geo.geobox import GeoBox
 from odc.geo.xr import xr_coords
-from pyproj import Transformer
+from pyproj import CRS, Transformer
 from rasterio.transform import from_origin
 
 import deepdem
 from deepdem.grid import pixel_size_m
-from deepdem.scene import check_scene, geobox_of
+from deepdem.scene import check_scene, geobox_of, pixel_size
 
 UTM = "EPSG:32631"
 
@@ -219,19 +222,133 @@ def test_errors_name_the_layer_and_the_cure(tmp_path):
                       bounds=(500_000, 4_599_999.9999, 500_000.0001, 4_600_000))  # fmt: skip
 
 
-def test_rotated_and_south_up_grids_are_refused_as_the_target(tmp_path):
-    from affine import Affine
+# --- one grid -------------------------------------------------------------------------------------
 
-    turned = Affine.translation(500_000, 4_600_000) @ Affine.rotation(20) @ Affine.scale(1, -1)
-    path = _write(tmp_path / "r.tif", _ramp((20, 20)), transform=turned)
-    with pytest.raises(ValueError, match="rotated or not north-up"):
+
+def _array(box: GeoBox, values=None) -> xr.DataArray:
+    values = _analytic(box).astype("float32") if values is None else values
+    return xr.DataArray(values, coords=xr_coords(box, always_yx=True), dims=("y", "x"))
+
+
+def test_a_rotated_raster_is_turned_but_is_no_grid(tmp_path, hilly):
+    turned = (Affine.translation(500_100, 4_600_400) @ Affine.rotation(20)) @ Affine.scale(1, -1)
+    column, row = np.meshgrid(np.arange(400) + 0.5, np.arange(300) + 0.5)
+    x = turned.a * column + turned.b * row + turned.c
+    y = turned.d * column + turned.e * row + turned.f
+    path = _write(tmp_path / "r.tif", _surface(x, y).astype("float32"), transform=turned)
+    ds = deepdem.stack({"dsm": hilly, "lidar_dsm": path}, like="dsm", bounds="union", chunks=100)
+    there = ds.lidar_dsm.notnull().values
+    assert there.sum() == pytest.approx(400 * 300, rel=0.02)
+    truth = _analytic(geobox_of(ds))
+    # Bilinear between pixels of a metre on waves of 250 m, and one-sided at the raster's rim.
+    inner = ds.lidar_dsm.rolling(y=5, x=5, center=True).mean().notnull().values
+    assert np.abs(ds.lidar_dsm.values - truth)[inner].max() < 0.01
+    with pytest.raises(ValueError, match=r"rotated or not north-up: pass like= .* resolution="):
         deepdem.stack({"dsm": path})
-    upside = _write(
-        tmp_path / "s.tif", _ramp((20, 20)), transform=Affine(1, 0, 500_000, 0, 1, 4_599_980)
-    )
-    good = _write(tmp_path / "g.tif", _ramp((20, 20)))
-    ds = deepdem.stack({"dsm": good, "red": upside})
-    np.testing.assert_allclose(ds.red, _ramp((20, 20))[::-1])
+
+
+def test_rows_that_go_north_are_turned_over(tmp_path):
+    up = Affine(1, 0, 500_000, 0, 1, 4_599_980)
+    path = _write(tmp_path / "s.tif", _ramp((20, 30)), transform=up)
+    good = _write(tmp_path / "g.tif", _ramp((20, 30)))
+    ascending = deepdem.stack({"dsm": good}).dsm.compute()[::-1]
+    assert ascending.y[0] < ascending.y[-1]
+    for source in (path, ascending.astype("float64"), ascending.chunk(y=7, x=9), ascending.T):
+        ds = deepdem.stack({"dsm": source})  # the grid itself
+        assert ds.y[0] > ds.y[-1]
+        assert ds.odc.geobox == deepdem.stack({"dsm": good}).odc.geobox
+        wanted = _ramp((20, 30)) if source is not path else _ramp((20, 30))[::-1]
+        np.testing.assert_array_equal(ds.dsm, wanted)
+        other = deepdem.stack({"dsm": good, "red": source})
+        np.testing.assert_array_equal(other.red, wanted)
+    left = deepdem.stack({"dsm": ascending[:, ::-1]})
+    np.testing.assert_array_equal(left.dsm, _ramp((20, 30)))
+
+
+def test_half_a_pixel_is_said_other_fractions_are_not(tmp_path):
+    layers = {"dsm": _write(tmp_path / "a.tif", _ramp((20, 20)))}
+    for left, top, axes in ((0.5, 0, "x"), (3, -1.5, "y"), (0.5, 0.5, "x and y")):
+        layers["red"] = _write(
+            tmp_path / "b.tif", _ramp((20, 20)), left=500_000 + left, top=4_600_000 + top
+        )
+        with pytest.warns(UserWarning, match=rf"'red' lies half a pixel \({axes}\) off.*gdal_edit"):
+            deepdem.stack(layers)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for left, pixel in ((0.3, 1), (1, 1), (0.5, 3), (0.25, 0.5)):
+            layers["red"] = _write(
+                tmp_path / "b.tif", _ramp((40, 40)), left=500_000 + left, pixel=pixel
+            )
+            deepdem.stack(layers)
+
+
+@pytest.mark.parametrize("drift", [1e-9, 1e-6])
+def test_drift_in_coordinates_is_tolerated(drift):
+    box = GeoBox.from_bbox((500_000, 4_600_000, 508_000, 4_600_020), crs=UTM, resolution=1)
+    clean = _array(box, np.arange(20 * 8000, dtype="float32").reshape(20, 8000))
+    noise = np.random.default_rng(0).normal(size=8000) * drift
+    drifted = clean.assign_coords(x=clean.x + noise, y=clean.y + noise[:20])
+    ds = deepdem.stack({"dsm": clean, "red": drifted, "nir": drifted.astype("float64")})
+    for name in ds:  # copied, not interpolated
+        np.testing.assert_array_equal(ds[name], clean)
+    np.testing.assert_array_equal(ds.x, clean.x)
+    own = deepdem.stack({"dsm": drifted, "red": clean})  # the grid itself drifts
+    np.testing.assert_array_equal(own.red, clean)
+    assert np.abs(own.x.values - clean.x.values).max() < 10 * drift
+
+
+def test_uneven_coordinates_are_refused():
+    box = GeoBox.from_bbox((500_000, 4_600_000, 500_040, 4_600_021), crs=UTM, resolution=0.3)
+    clean = _array(box)
+    single = clean.assign_coords(y=clean.y.astype("float32"))  # to 0.25 m, so far from the equator
+    with pytest.raises(ValueError, match=r"'dsm' .*off even ones by up to 0\.\d+ pixels; interp"):
+        deepdem.stack({"dsm": single})
+    with pytest.raises(ValueError, match="off even ones"):
+        deepdem.stack({"dsm": clean.assign_coords(x=clean.x + 0.1 * np.sin(clean.x))})
+
+
+def test_a_geographic_grid_says_its_pixel_size_in_metres(hilly):
+    with pytest.warns(UserWarning, match=r"0.834 m wide and 1.111 m high; its size .* 0.972 m"):
+        ds = deepdem.stack({"dsm": hilly}, crs="EPSG:4326", resolution=1e-5)
+    assert ds.attrs["pixel_size_m"] == pixel_size(ds) == pytest.approx(0.9725, abs=1e-3)
+    inner = (slice(200, -200), slice(200, -200))
+    np.testing.assert_allclose(ds.dsm.values[inner], _analytic(geobox_of(ds))[inner], atol=0.01)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        equator = GeoBox.from_bbox((0, 0, 1e-3, 1e-3), crs="EPSG:4326", resolution=1e-5)
+        deepdem.stack({"dsm": _array(equator, np.zeros(equator.shape, "float32"))})
+    assert "pixel_size_m" not in deepdem.stack({"dsm": hilly}).attrs
+
+
+@pytest.mark.filterwarnings("ignore:the scene's grid is in degrees")
+@pytest.mark.parametrize("crs", ["UTM+5773", "3-D UTM", "EPSG:4979", "EPSG:4326+3855"])
+def test_compound_and_3d_crss_stay_all_the_way(crs, tmp_path, model):
+    world = deepdem.synthetic_scene((96, 80), seed=3).drop_vars(["red", "nir"]).compute()
+    flat = world.odc.geobox
+    utm = flat.crs.proj
+    crs = utm.to_3d() if crs == "3-D UTM" else CRS(crs.replace("UTM", f"EPSG:{utm.to_epsg()}"))
+    crs = crs.to_wkt()
+    if not CRS(crs).is_projected:
+        flat = GeoBox(flat.shape, Affine(1e-5, 0, 3, 0, -1e-5, 45), "EPSG:4326")
+    coords = xr_coords(GeoBox(flat.shape, flat.affine, crs), always_yx=True)
+    world = world.drop_vars("spatial_ref").assign_coords(coords)
+    layers = {str(n): world[n] for n in world if n != "lidar_dtm"}
+    level = {**layers, "ortho_left": _array(flat, world.ortho_left.values)}  # horizontal only
+    ds = deepdem.stack(level, chunks=50).assign(ndvi=world.dsm * 0)
+    np.testing.assert_array_equal(ds.ortho_left, world.ortho_left)  # one grid: copied
+    assert geobox_of(ds).crs.proj == CRS(crs)
+    ds = ds.deepdem.prepare()
+    ds.deepdem.to_zarr(tmp_path / "s.zarr")
+    ds = deepdem.open_scene(tmp_path / "s.zarr")
+    assert geobox_of(ds).crs.proj == CRS(crs)
+    assert ds.rio.transform().almost_equals(flat.affine, 1e-12)
+    assert pixel_size(ds) == pixel_size_m(flat)
+    refined = ds.deepdem.refine(model).compute()
+    assert geobox_of(refined).crs.proj == CRS(crs)
+    assert refined.attrs["vertical_reference"] == ds.dsm.attrs["vertical_reference"]
+    np.testing.assert_array_equal(refined.notnull(), ds.valid)
+    onto = deepdem.stack({"dsm": refined}, crs=crs, resolution=float(flat.resolution.x) * 2)
+    assert geobox_of(onto).crs.proj == CRS(crs)
 
 
 def test_check_scene(scene):

@@ -11,15 +11,20 @@ import rasterio
 import rasterio.errors
 import rioxarray
 import xarray as xr
+from affine import Affine
 from odc.geo.geobox import GeoBox
+from odc.geo.xr import xr_coords
 
 from deepdem.layers import describe
+from deepdem.vertical import vertical_of
 
 __all__ = ["RasterSource", "geobox_of", "open_layer"]
 
 #: A path or URL that GDAL reads, a path with a band number (from 1), or a DataArray.
 RasterSource: TypeAlias = "str | PathLike[str] | tuple[str | PathLike[str], int] | xr.DataArray"
 
+# Of a pixel: coordinates off even ones by more lie on no grid, by less are even as they are.
+_EVEN_PX, _EXACT_PX = 1e-2, 1e-12
 _NO_CRS = (
     "layer {name!r} ({what}) has no coordinate reference system: write it into the file "
     "(gdal_edit.py -a_srs EPSG:… FILE) or pass a DataArray with .rio.write_crs(...)"
@@ -27,6 +32,10 @@ _NO_CRS = (
 _NO_TRANSFORM = (
     "layer {name!r} ({what}) has no geotransform, so its place on the ground is unknown: write "
     "one into the file (gdal_edit.py -a_ullr …) or orthorectify the image first"
+)
+_NO_GRID = (
+    "layer {name!r} ({what}) lies on no regular grid: its coordinates are off even ones by up to "
+    "{off:.2g} pixels; interpolate it onto even ones first, e.g. array.interp(x=…, y=…)"
 )
 
 
@@ -47,14 +56,18 @@ def open_layer(name: str, source: RasterSource, *, chunks: int = 2048) -> xr.Dat
     -------
     DataArray
         Dims (y, x), Dask-backed, float32; NaN where the file's nodata value or mask band says so.
-        The file's scale and offset are applied. A mask layer is 1.0 or 0.0.
+        The file's scale and offset are applied. A mask layer is 1.0 or 0.0. North is up: rasters
+        whose rows go north are turned over; a rotated one is left as it is, for the warper. Height
+        layers have ``attrs["vertical_reference"]`` where the CRS (compound or 3-D) or a tag
+        ``VERTICAL`` says it.
 
     Raises
     ------
     FileNotFoundError
         There is no such file.
     ValueError
-        No CRS, no geotransform, or more than one band where none was chosen.
+        No CRS, no geotransform, coordinates that are not evenly spaced, or more than one band
+        where none was chosen.
     """
     if isinstance(source, xr.DataArray):
         array, what = _plane(name, source, "a DataArray", None), "a DataArray"
@@ -63,16 +76,65 @@ def open_layer(name: str, source: RasterSource, *, chunks: int = 2048) -> xr.Dat
         path, band = source if isinstance(source, tuple) else (source, None)
         what = fspath(path)
         array = _mask_nodata(_plane(name, _open(name, what, chunks), what, band))
+    if array.rio.crs is None:
+        raise ValueError(_NO_CRS.format(name=name, what=what))
     geobox = geobox_of(array)
     if geobox is None or geobox.crs is None:
-        raise ValueError(_NO_CRS.format(name=name, what=what))
+        raise ValueError(_NO_GRID.format(name=name, what=what, off=np.nan))
     if geobox.transform.is_identity:
         raise ValueError(_NO_TRANSFORM.format(name=name, what=what))
     if array.chunks is None:
         array = array.chunk(chunks)
-    array = array.astype(np.float32)
-    array.attrs = {"source": what, **_described(name), **_vertical(array.attrs)}
+    attrs = {"source": what, **_described(name)}
+    if describe(name).is_height and (above := vertical_of(array.attrs, geobox.crs.proj)):
+        attrs["vertical_reference"] = above.name
+    array = _north_up(_even(name, what, array)).astype(np.float32)
+    array.attrs = attrs
     return array.rename(name)
+
+
+def _even(name: str, what: str, array: xr.DataArray) -> xr.DataArray:
+    """Return the raster as (y, x) on exactly even coordinates, if its own are nearly so."""
+    dims = array.odc.spatial_dims
+    if dims is None or any(d not in array.indexes or array.sizes[d] < 2 for d in dims):
+        return array  # placed by a geotransform
+    array = array.transpose(*dims)
+    ends: list[tuple[float, float]] = []
+    off = 0.0
+    for dim in dims:
+        at = array[dim].to_numpy().astype(float)
+        step = (at[-1] - at[0]) / (len(at) - 1)
+        if not step or (off := max(off, np.abs(at - at[0] - step * np.arange(len(at))).max()
+                                   / abs(step))) > _EVEN_PX:  # fmt: skip
+            raise ValueError(_NO_GRID.format(name=name, what=what, off=off))
+        ends.append((at[0] - step / 2, step))
+    (top, dy), (left, dx) = ends
+    if off < _EXACT_PX:
+        return array
+    # odc-geo takes the pixel size from the first two coordinates: with a drift of a billionth in
+    # them it would be wrong by that much at every pixel of the row.
+    height, width = array.shape
+    box = GeoBox((height, width), Affine(dx, 0, left, 0, dy, top), array.odc.geobox.crs)
+    return xr.DataArray(
+        array.data, coords=xr_coords(box, always_yx=True), dims=("y", "x"), attrs=array.attrs
+    )
+
+
+def _north_up(array: xr.DataArray) -> xr.DataArray:
+    """Return the raster with its rows going south and its columns east; a rotated one as it is."""
+    box = geobox_of(array)
+    assert box is not None  # seen to before
+    down, right = box.transform.e < 0, box.transform.a > 0
+    if not box.transform.is_rectilinear or (down and right):
+        return array
+    height, width = box.shape
+    turn = Affine(1 if right else -1, 0, 0 if right else width,
+                  0, 1 if down else -1, 0 if down else height)  # fmt: skip
+    turned = GeoBox(box.shape, box.transform @ turn, box.crs)
+    return xr.DataArray(
+        array.data[:: 1 if down else -1, :: 1 if right else -1],
+        coords=xr_coords(turned, always_yx=True), dims=("y", "x"), attrs=array.attrs,
+    )  # fmt: skip
 
 
 def geobox_of(data: xr.DataArray | xr.Dataset) -> GeoBox | None:
@@ -86,10 +148,12 @@ def _open(name: str, path: str, chunks: int) -> xr.DataArray:
         with warnings.catch_warnings():
             # The missing geotransform is reported below, with the layer's name and the cure.
             warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-            # lock=False: each chunk may be read through a file handle of its own thread.
-            opened = rioxarray.open_rasterio(
-                path, chunks={"y": chunks, "x": chunks}, masked=True, lock=False
-            )
+            # lock=False: each chunk may be read through a file handle of its own thread. Old
+            # GeoTIFFs keep the vertical part of their CRS to themselves unless they are asked.
+            with rasterio.Env(GTIFF_REPORT_COMPD_CS=True):
+                opened = rioxarray.open_rasterio(
+                    path, chunks={"y": chunks, "x": chunks}, masked=True, lock=False
+                )
     except rasterio.errors.RasterioIOError as error:
         raise FileNotFoundError(
             f"layer {name!r}: {path} could not be opened as a raster ({error}): check the path"
@@ -143,9 +207,3 @@ _PACKING = (("scale_factor", 1.0), ("add_offset", 0.0))
 def _described(name: str) -> dict[str, Any]:
     layer = describe(name)
     return {"long_name": layer.long_name, "units": layer.units}
-
-
-def _vertical(attrs: dict[Any, Any]) -> dict[str, str]:
-    """Return what a file's tags say of its vertical reference (a tag ``VERTICAL``), if anything."""
-    says = {str(k).upper(): str(v) for k, v in attrs.items()}
-    return {"vertical_reference": says["VERTICAL"]} if "VERTICAL" in says else {}
