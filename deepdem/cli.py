@@ -19,6 +19,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Better elevation models out of satellite stereo.",
 )
+fetch = typer.Typer(no_args_is_help=True, help="Bring a layer from elsewhere onto a grid.")
+app.add_typer(fetch, name="fetch")
 console = Console()
 
 
@@ -152,6 +154,69 @@ def evaluate(
     _print_table(ds.deepdem.evaluate(refined, truth=truth, by=by), f"Errors against {truth}, m")
 
 
+Like = Annotated[str | None, typer.Option(help="The grid: a scene, x.zarr, or a raster.")]
+Group = Annotated[str | None, typer.Option(help="The scene's name in the store of --like.")]
+Bounds = Annotated[
+    tuple[float, float, float, float] | None,
+    typer.Option(help="Instead of --like: left bottom right top, in --crs."),
+]
+Resolution = Annotated[float | None, typer.Option(help="With --bounds: of a pixel, in --crs.")]
+Crs = Annotated[str | None, typer.Option(help="With --bounds: for example EPSG:32610.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+
+
+@fetch.command()
+def lidar(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A LAS, LAZ or COPC file, a pattern of them, an ept.json, by path or URL; or "
+            "3dep: the public collections over the place."
+        ),
+    ],
+    out: Annotated[str, typer.Argument(help="What to write: x.tif, a COG, or x.zarr.")],
+    kind: Annotated[
+        str, typer.Option(help="lidar_dsm, lidar_dtm, intensity or density.")
+    ] = "lidar_dsm",
+    like: Like = None,
+    group: Group = None,
+    bounds: Bounds = None,
+    resolution: Resolution = None,
+    crs: Crs = None,
+    method: Annotated[
+        str | None, typer.Option(help="percentile, max, mean, idw; of ground tin or idw.")
+    ] = None,
+    percentile: Annotated[float, typer.Option(help="In a pixel.")] = 98.0,
+    max_gap: Annotated[float | None, typer.Option(help="Metres that are interpolated.")] = None,
+    ground: Annotated[str, typer.Option(help="auto, classes or smrf.")] = "auto",
+    zscore: Annotated[float | None, typer.Option(help="Leave out outliers beyond it.")] = None,
+    points_crs: Annotated[str | None, typer.Option(help="Instead of the files' own.")] = None,
+    vertical_unit: Annotated[str | None, typer.Option(help="m, ft or us-ft.")] = None,
+    index: Annotated[
+        str | None, typer.Option(help="Of 3dep: another index, a path or URL of a GeoJSON.")
+    ] = None,
+    order: Annotated[str, typer.Option(help="Of 3dep: newest or densest first.")] = "newest",
+    overwrite: Overwrite = False,
+) -> None:
+    """Grid lidar points. The same command goes on where it stopped."""
+    from deepdem.fetch import target_grid, write_layer
+    from deepdem.sources.lidar import USGS_3DEP, find_collections, grid_points
+
+    grid = target_grid(like, group=group, bounds=bounds, resolution=resolution, crs=crs)
+    points: Any = source
+    if source == "3dep":
+        points = find_collections(grid, index=index or USGS_3DEP, order=order)
+        for c in points:
+            year = c.year or "year unknown"
+            console.print(f"{c.name} ({year}): {c.density:.1f} points/m², {c.covers:.0%} covered")
+    layer = grid_points(
+        points, grid, kind, method=method, percentile=percentile, max_gap=max_gap, ground=ground,
+        zscore=zscore, crs=points_crs, vertical_unit=vertical_unit,
+    )  # fmt: skip
+    write_layer(layer, out, overwrite=overwrite)
+    console.print(out)
+
+
 @app.command()
 def info(model: Annotated[str, typer.Argument(help="A saved model: path or URL.")]) -> None:
     """Print what a saved model is: its layers, its scale, where it comes from."""
@@ -167,6 +232,6 @@ def main() -> None:
     """Run the command line; an error of the user's is a line, not a traceback."""
     try:
         app()
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
+    except (ValueError, OSError, ImportError) as error:
         Console(stderr=True).print(f"[red]Error:[/red] {error}", highlight=False)
         raise SystemExit(2) from None

@@ -65,6 +65,7 @@ ROOMS = (
     "_run",
     "write",
     "cog",
+    "fetch",
     "evaluate",
     "plot",
     "demo",
