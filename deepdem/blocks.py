@@ -15,6 +15,7 @@ then (131 blocks of a 16 by 16 raster in memory, against 21 now).
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, product
@@ -90,9 +91,7 @@ def _edges(sizes: Sequence[int]) -> list[int]:
 
 
 def _touched(edges: list[int], lo: int, hi: int) -> range:
-    first = int(np.searchsorted(edges, lo, side="right")) - 1
-    last = int(np.searchsorted(edges, hi, side="left"))
-    return range(first, last)
+    return range(bisect_right(edges, lo) - 1, bisect_left(edges, hi))
 
 
 def read_again(array: da.Array, *, seed: str) -> da.Array:
@@ -186,6 +185,29 @@ def _stored(array: da.Array) -> Any:
     return key if getattr(stored, "shape", None) == array.shape else None
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """What a region needs of one block: where it is in the block (None: all of it) and in both."""
+
+    block: Where
+    of_block: tuple[slice, slice] | None
+    of_region: tuple[slice, slice]
+
+
+def _pieces(edges: tuple[list[int], list[int]], region: Box) -> list[_Piece]:
+    """Return the pieces that cover `region`, of blocks with these edges."""
+    y, x = edges
+    rows, columns = _touched(y, region.y0, region.y1), _touched(x, region.x0, region.x1)
+    pieces = []
+    for i, j in product(rows, columns):
+        block = Box(y[i], y[i + 1], x[j], x[j + 1])
+        piece = block.intersect(region)
+        if not piece.empty:
+            part = None if piece == block else piece.within(block)
+            pieces.append(_Piece((i, j), part, piece.within(region)))
+    return pieces
+
+
 class _Source:
     """One input array: its block grid, and the slivers that are cut of its blocks."""
 
@@ -195,37 +217,53 @@ class _Source:
         # Needless for what is stored: no block of it is ever held.
         twice = reread and self.stored is None
         self.again = read_again(array, seed=token) if twice else array
-        self.y, self.x = (_edges(sizes) for sizes in array.chunks)
+        self.edges = (_edges(array.chunks[0]), _edges(array.chunks[1]))
         self.slivers: dict[Where, dict[Where, tuple[slice, slice]]] = {}
 
-    def pieces(self, region: Box, where: Where) -> tuple[list[Any], list[Any] | None]:
-        """Return references to what covers `region`, and the place of each in it.
-
-        None for the places: the one reference is to what is stored.
-        """
-        if self.stored is not None:
-            return [TaskRef(self.stored)], None
-        parts, places = [], []
-        rows = _touched(self.y, region.y0, region.y1)
-        columns = _touched(self.x, region.x0, region.x1)
-        for i, j in product(rows, columns):
-            block = Box(self.y[i], self.y[i + 1], self.x[j], self.x[j + 1])
-            piece = block.intersect(region)
-            if piece.empty:
-                continue
-            if piece == block:
-                parts.append(TaskRef((self.array.name, i, j)))
+    def refer(self, pieces: list[_Piece], where: Where) -> list[Any]:
+        """Return references to the pieces that the output chunk at `where` needs."""
+        parts = []
+        for piece in pieces:
+            if piece.of_block is None:
+                parts.append(TaskRef((self.array.name, *piece.block)))
             else:
-                self.slivers.setdefault((i, j), {})[where] = piece.within(block)
-                parts.append(TaskRef((f"cut-{self.token}", i, j)))
-            places.append(piece.within(region))
-        return parts, places
+                self.slivers.setdefault(piece.block, {})[where] = piece.of_block
+                parts.append(TaskRef((f"cut-{self.token}", *piece.block)))
+        return parts
 
     def cuts(self) -> Iterator[Task]:
         """Give the tasks that cut the slivers, one a block."""
         for block, places in self.slivers.items():
             key = (f"cut-{self.token}", *block)
             yield Task(key, _cut, TaskRef((self.again.name, *block)), places)
+
+
+class _References:
+    """The references of an output chunk to what covers its region of each source.
+
+    Layers of one scene are mostly cut alike: where their pieces lie is found once for all.
+    """
+
+    def __init__(self, sources: Sequence[_Source]):
+        self.sources = sources
+        self.edges = {s.array.chunks: s.edges for s in sources if s.stored is None}
+
+    def __call__(
+        self, region: Box, where: Where
+    ) -> tuple[List, list[list[tuple[slice, slice]] | None]]:
+        """Return references, and the places in the region of what they give; None: it is cut."""
+        pieces = {chunks: _pieces(edges, region) for chunks, edges in self.edges.items()}
+        places = {chunks: [piece.of_region for piece in found] for chunks, found in pieces.items()}
+        parts = [
+            List(*(source.refer(pieces[source.array.chunks], where)))
+            if source.stored is None
+            else List(TaskRef(source.stored))
+            for source in self.sources
+        ]
+        return List(*parts), [
+            None if source.stored is not None else places[source.array.chunks]
+            for source in self.sources
+        ]
 
 
 def map_regions(
@@ -307,15 +345,12 @@ def map_regions(
         _Source(array, f"{token}-{n}", direct=direct, reread=reread)
         for n, array in enumerate(arrays)
     ]
+    refer = _References(sources)
     for where, box in boxes.items():
-        parts, places = [], []
-        for source in sources:
-            part, place = source.pieces(needed[where], where)
-            parts.append(List(*part))
-            places.append(place)
+        parts, places = refer(needed[where], where)
         key: tuple[str | int, ...] = (name, *where) if planes is None else (name, 0, *where)
         graph[key] = Task(
-            key, _assemble, kernel, List(*parts), places, where, needed[where], box,
+            key, _assemble, kernel, parts, places, where, needed[where], box,
             TaskRef(f"{name}-common"),
         )  # fmt: skip
     inputs: list[Any] = []
