@@ -22,16 +22,23 @@ from itertools import accumulate, product
 from typing import Any, TypeAlias
 
 import dask.array as da
+import dask.threaded
 import numpy as np
+from dask import core
 from dask._task_spec import convert_legacy_graph  # not public, but its tasks are
 from dask.array.core import getter, getter_nofancy
-from dask.base import clone_key, tokenize
+from dask.array.optimization import optimize
+from dask.base import clone_key, get_scheduler, tokenize
 from dask.blockwise import Blockwise
-from dask.highlevelgraph import HighLevelGraph
-from dask.task_spec import DataNode, List, Task, TaskRef
+from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
+from dask.optimization import cull
+from dask.task_spec import Alias, DataNode, List, Task, TaskRef
 from numpy.typing import DTypeLike, NDArray
 
-__all__ = ["Box", "Chunks", "chunks_of", "map_regions", "read_again"]
+__all__ = ["TABLES", "Box", "Chunks", "chunks_of", "map_regions", "read_again", "settle"]
+
+#: How the key of a task begins that many chunks wait for, and that itself waits for many.
+TABLES = "deepdem-table"
 
 Chunks: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
 #: Row and column of a block, or of an output chunk.
@@ -94,8 +101,16 @@ def _touched(edges: list[int], lo: int, hi: int) -> range:
     return range(bisect_right(edges, lo) - 1, bisect_left(edges, hi))
 
 
-def read_again(array: da.Array, *, seed: str) -> da.Array:
+class _Again(MaterializedLayer):
+    """Tasks that make once more what the array `original` is, unless `settle` has come by."""
+
+    original: str
+
+
+def read_again(array: da.Array, *, seed: str, until_settled: bool = False) -> da.Array:
     """Return the same array by other tasks: what it needs is read and computed once more.
+
+    With `until_settled`, only as long as `settle` has not made it needless.
 
     Two consumers of one array that are far apart in time would keep all of it in memory between
     them. `dask.graph_manipulation.clone` is meant for this, but as of Dask 2026.8 it renames the
@@ -113,11 +128,49 @@ def read_again(array: da.Array, *, seed: str) -> da.Array:
     name = clone_key(array.name, seed)
     if name not in {key[0] for key in layer if isinstance(key, tuple)}:
         return array  # all of it is held already
+    made: Any = layer
+    if until_settled:
+        made = _Again(layer)
+        made.original = array.name
     inputs: list[Any] = [array]
     return da.Array(
-        HighLevelGraph.from_collections(name, layer, dependencies=inputs),
+        HighLevelGraph.from_collections(name, made, dependencies=inputs),
         name, array.chunks, meta=array._meta,
     )  # fmt: skip
+
+
+def settle(arrays: Sequence[da.Array]) -> list[da.Array]:
+    """Return the same arrays, the small tables that their chunks wait for computed.
+
+    A table for which the whole scene must be read (`TABLES`) makes every chunk wait, and Dask keep
+    whatever it has read of other layers by then; where that had to be avoided, layers are read
+    twice (`read_again`). With the tables there, neither is so: a chunk of all layers waits for
+    nothing but its own pixels. To be used where all layers are stored together.
+    """
+    graph = HighLevelGraph.merge(*(array.dask for array in arrays))
+    # Dask names a layer after its key, and puts a token behind it where it optimised the graph.
+    homes = {
+        key: name
+        for name, layer in graph.layers.items()
+        if isinstance(name, str) and name.startswith(f"{TABLES}-")
+        for key in layer.get_output_keys()
+    }
+    schedule = get_scheduler() or dask.threaded.get
+    tables = schedule(optimize(graph, list(homes)), list(homes)) if homes else ()
+    layers, needs = dict(graph.layers), dict(graph.dependencies)
+    for name, layer in graph.layers.items():
+        if isinstance(layer, _Again):
+            same = {key: (layer.original, *key[1:]) for key in layer if key[0] == name}
+            layers[name] = MaterializedLayer({key: Alias(key, was) for key, was in same.items()})
+            needs[name] = {layer.original}
+    for (key, name), table in zip(homes.items(), tables, strict=True):
+        layers[name] = MaterializedLayer({key: DataNode(key, table)})
+        needs[name] = set()
+    # As plain tasks: Dask would fuse layers that work block by block, and what two of them need
+    # would be made twice.
+    keys = [key for array in arrays for key in core.flatten(array.__dask_keys__())]
+    tasks = cull(convert_legacy_graph(dict(HighLevelGraph(layers, needs))), keys)[0]
+    return [da.Array(tasks, array.name, array.chunks, meta=array._meta) for array in arrays]
 
 
 def _cut(

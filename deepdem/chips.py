@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from deepdem.blocks import Box, chunks_of, map_regions
 from deepdem.scene import check_scene, dask_layer
+from deepdem.statistics import robust_mean
 from deepdem.windows import Axis, overlap_px
 
 __all__ = [
@@ -130,15 +131,6 @@ def chip_numbers(layer: da.Array, size: int, stride: int, *, std: bool = False) 
         _number_kernel, [layer], chunks=chunks_of(counts, block), region=region,
         dtype=np.float32, name="chip-statistics", common={"chips": axes, "std": std},
     )  # fmt: skip
-
-
-def robust_mean(stds: NDArray[np.floating]) -> float:
-    """Return the mean of those within the 5th and the 95th percentile, both included."""
-    known = stds[np.isfinite(stds)]
-    if known.size == 0:
-        return float("nan")
-    low, high = np.percentile(known, [5, 95])
-    return float(known[(known >= low) & (known <= high)].mean())
 
 
 def dsm_scale(ds: xr.Dataset, *, size: int = 256) -> float:

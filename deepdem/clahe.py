@@ -1,23 +1,26 @@
 """Contrast-limited adaptive histogram equalisation (CLAHE) of a raster larger than memory.
 
-`equalise_array` needs more of the scene than the pixel itself, in three passes over the chunks:
+`equalise_array` needs more of the scene than the pixel itself, in two passes over the chunks:
 
-1. range: grey values counted over the whole scene -> the grey range, robust to hot pixels;
-2. tiles: grey levels counted in tiles of a pixel grid anchored at the scene's origin -> one table
-   of mappings, (tiles_y, tiles_x, bins + 1) float32: a thousandth of the scene;
-3. mapping: each chunk through the mappings of the tiles around it.
+1. tiles: grey values counted in tiles of a pixel grid anchored at the scene's origin, finely enough
+   for any grey range -> the grey range, robust to hot pixels, and one table of mappings,
+   (tiles_y, tiles_x, bins + 1) float32: a thousandth of the scene;
+2. mapping: each chunk through the mappings of the tiles around it.
 
-Every task of a pass waits for the table of the pass before. If the passes shared their source
-chunks, Dask would hold the whole scene meanwhile; so each reads through a clone of its own
-(`deepdem.blocks.read_again`): memory is bounded by the chunk, and an ortho is read three times.
+Every task of the second pass waits for the table of the first. If both shared their source chunks,
+Dask would hold the whole scene meanwhile; so the first reads through a clone of its own
+(`deepdem.blocks.read_again`): memory is bounded by the chunk, and an ortho is read twice.
 Only integers are added up across chunks: the result is the same, bit for bit, however it is cut.
+
+Whoever writes a whole scene computes the tables before all else (`deepdem.blocks.settle`): what is
+left are chunks that wait for nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import dask.array as da
 import numpy as np
@@ -27,7 +30,8 @@ from dask.delayed import delayed
 from dask.layers import ArraySliceDep
 from scipy.ndimage import distance_transform_edt
 
-from deepdem.blocks import read_again
+from deepdem.blocks import TABLES, read_again
+from deepdem.statistics import Histogram, merge_tasks
 
 __all__ = ["Clahe", "equalise_array"]
 
@@ -35,6 +39,8 @@ Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
 GreyRange = tuple[float, float] | None  # None: the percentiles of the scene
 Place = tuple[slice, slice]  # of a block in the scene, in pixels from its origin
+TileCounts: TypeAlias = Mapping[tuple[int, int], Histogram]
+Tables: TypeAlias = tuple[tuple[float, float], Float32]  # grey range, mappings
 
 # --- kernels: arrays in, arrays out ---
 
@@ -79,43 +85,14 @@ class Clahe:
         return before, (position - before).astype(np.float32)
 
 
-def _count_keys(values: Array) -> npt.NDArray[np.int64]:
-    """Count finite values by the upper 16 bits of an order-preserving key: fits any grey values."""
-    values = values.astype(np.float32, copy=False)
-    bits = values[np.isfinite(values)].view(np.uint32)
-    # A negative number's bits run backwards: flip all of them, of a positive one the sign alone.
-    ordered = bits ^ ((np.uint32(0) - (bits >> np.uint32(31))) | np.uint32(0x80000000))
-    return np.bincount(ordered >> np.uint32(16), minlength=2**16)[None, None]
-
-
-def _key_edges() -> npt.NDArray[np.float64]:
-    """The lower edges of the bins of `_count_keys`, and the last one's upper edge."""
-    ordered = np.arange(2**16, dtype=np.uint32) << np.uint32(16)
-    bits = np.where(ordered >> np.uint32(31), ordered ^ np.uint32(0x80000000), ~ordered)
-    # Infinity bounds the greatest finite bin; beyond it are the NaNs, which are never counted.
-    big = float(np.finfo(np.float32).max)
-    edges = np.nan_to_num(bits.view(np.float32), nan=big, posinf=big, neginf=-big)
-    return np.append(edges.astype(np.float64), big)
-
-
-def _extremes(values: Array) -> npt.NDArray[np.float64]:
-    """The least and minus the greatest finite value, so that both combine by a minimum."""
-    finite = values[np.isfinite(values)].astype(np.float64)
-    return np.array([[[finite.min(initial=np.inf), (-finite).min(initial=np.inf)]]])
-
-
-def _grey_range(counts: Array, extremes: Array, clahe: Clahe) -> tuple[float, float]:
-    """The percentiles (each to 1/128 of its value), within the extremes."""
-    low, high = float(extremes[0]), -float(extremes[1])
+def _grey_range(counts: Histogram, clahe: Clahe) -> tuple[float, float]:
+    """The percentiles (each to 1/2048 of its value)."""
+    low, high = counts.low, counts.high
     if not low < high:
         return (low, low + 1) if low == high else (0.0, 1.0)
-    filled, total, edges = np.flatnonzero(counts), np.cumsum(counts), _key_edges()
-    wanted = np.asarray(clahe.percentiles) / 100 * total[-1]
-    bins = filled[np.minimum(np.searchsorted(total[filled], wanted), len(filled) - 1)]
-    share = np.clip(1 - (total[bins] - wanted) / counts[bins], 0, 1)
-    ends = np.clip(edges[bins] + share * (edges[bins + 1] - edges[bins]), low, high)
-    start = low if clahe.percentiles[0] == 0 else float(ends[0])
-    stop = high if clahe.percentiles[1] == 100 else float(ends[1])
+    start, stop = counts.quantiles([p / 100 for p in clahe.percentiles]).tolist()
+    start = low if clahe.percentiles[0] == 0 else start
+    stop = high if clahe.percentiles[1] == 100 else stop
     # All but constant: then the few pixels that differ are all the contrast there is.
     return (start, stop) if start < stop else (low, high)
 
@@ -136,19 +113,23 @@ def _runs(labels: npt.NDArray[np.intp]) -> Iterator[tuple[int, slice]]:
         yield int(name), slice(int(start), int(stop))
 
 
-def _count_tiles(
-    values: Array, place: Place, grey_range: tuple[float, float], clahe: Clahe
-) -> npt.NDArray[np.int32]:
-    """Valid pixels by grey level in each tile the block touches: (tiles_y, tiles_x, bins)."""
-    tile_rows, tile_cols = (list(_runs(clahe.tile_of(place[axis], axis))) for axis in (0, 1))
-    counts = np.zeros((len(tile_rows), len(tile_cols), clahe.bins), dtype=np.int32)
-    for i, (_, rows) in enumerate(tile_rows):
-        for j, (_, cols) in enumerate(tile_cols):
+def _count_tiles(values: Array, place: Place, clahe: Clahe) -> TileCounts:
+    """Valid pixels by grey value in each tile that the block touches."""
+    values = values.astype(np.float32, copy=False)
+    counts = {}
+    for i, rows in _runs(clahe.tile_of(place[0], 0)):
+        for j, cols in _runs(clahe.tile_of(place[1], 1)):
             part = values[rows, cols]
-            levels = _levels(part[np.isfinite(part)], grey_range, clahe.bins)
-            index = np.minimum(levels.astype(np.intp), clahe.bins - 1)
-            counts[i, j] = np.bincount(index, minlength=clahe.bins)
+            counts[i, j] = Histogram.of(part[np.isfinite(part)])
     return counts
+
+
+def _merge_tiles(parts: Sequence[TileCounts]) -> TileCounts:
+    tiles: dict[tuple[int, int], list[Histogram]] = {}
+    for part in parts:
+        for tile, counts in part.items():
+            tiles.setdefault(tile, []).append(counts)
+    return {tile: Histogram.merge(counts) for tile, counts in tiles.items()}
 
 
 def _clip_counts(counts: Array, clip_limit: float) -> npt.NDArray[np.float64]:
@@ -170,14 +151,22 @@ def _clip_counts(counts: Array, clip_limit: float) -> npt.NDArray[np.float64]:
     return np.asarray(np.minimum(cut + rise, limit))
 
 
-def _mappings(parts: Array, tile_rows: Array, tile_cols: Array, clahe: Clahe) -> Float32:
-    """Mappings (tiles_y, tiles_x, bins + 1) from grey level to [0, 1]; a tile's parts are added.
+def _tables(parts: TileCounts, grey_range: GreyRange, clahe: Clahe) -> Tables:
+    """The grey range, and mappings (tiles_y, tiles_x, bins + 1) from grey level to [0, 1].
 
     A tile less than a quarter full cannot speak for itself: what it lacks it borrows from the
     nearest fuller one, so that an empty tile takes over its neighbour's mapping.
     """
+    span = grey_range or _grey_range(Histogram.merge(parts.values()), clahe)
     counts = np.zeros((*clahe.tiles, clahe.bins))
-    np.add.at(counts, (tile_rows[:, None], tile_cols[None, :]), parts)
+    inner = np.linspace(*span, clahe.bins + 1)[1:-1]
+    for tile, part in parts.items():
+        if part.keys.size:
+            counts[tile] = np.diff(part.below(inner), prepend=0, append=part.count)
+    return span, _mappings(counts, clahe)
+
+
+def _mappings(counts: npt.NDArray[np.float64], clahe: Clahe) -> Float32:
     filled = counts.sum(axis=-1)
     if not filled.any():
         return np.tile(np.linspace(0, 1, clahe.bins + 1, dtype=np.float32), (*clahe.tiles, 1))
@@ -211,10 +200,9 @@ def _look_up(levels: Float32, left: Float32, right: Float32, weight: Float32) ->
     return np.clip(blend, 0, 1, out=blend)
 
 
-def _map(
-    values: Array, place: Place, grey_range: tuple[float, float], maps: Float32, clahe: Clahe
-) -> Float32:
+def _map(values: Array, place: Place, tables: Tables, clahe: Clahe) -> Float32:
     """Values through the mappings of the four tiles around each pixel, bilinearly."""
+    grey_range, maps = tables
     out = np.empty(values.shape, dtype=np.float32)
     (tile_rows, down), (tile_cols, along) = (clahe.between(place[axis], axis) for axis in (0, 1))
     last_row, last_col = np.array(clahe.tiles) - 1
@@ -254,60 +242,31 @@ def equalise_array(image: Any, grey_range: GreyRange, clahe: Clahe) -> Any:
 
 def _equalise_numpy(image: Array, grey_range: GreyRange, clahe: Clahe) -> Float32:
     place = (slice(0, image.shape[0]), slice(0, image.shape[1]))
-    if grey_range is None:
-        grey_range = _grey_range(_count_keys(image)[0, 0], _extremes(image)[0, 0], clahe)
-    parts = _count_tiles(image, place, grey_range, clahe)
-    maps = _mappings(parts, np.arange(clahe.tiles[0]), np.arange(clahe.tiles[1]), clahe)
-    return _map(image, place, grey_range, maps, clahe)
+    tables = _tables(_count_tiles(image, place, clahe), grey_range, clahe)
+    return _map(image, place, tables, clahe)
 
 
-def _blocks(kernel: Any, out: str, image: Any, *rest: Any, dtype: Any, **options: Any) -> Any:
+def _blocks(kernel: Any, image: Any, *rest: Any, dtype: Any) -> Any:
     # What is not the image goes in whole, as a literal: a contracted axis would keep Dask from
     # fusing this layer with the source's, and blocks would be read before the tables are there.
     pairs = [
         pair for arg in rest for pair in (arg, "ij" if isinstance(arg, ArraySliceDep) else None)
     ]
-    meta = np.empty((0,) * len(out), dtype)
-    options["token"] = f"equalise{kernel.__name__}"  # what a dashboard shows
     # Nothing to align: all the rest is cut as the image is.
     return da.blockwise(
-        kernel, out, image, "ij", *pairs, dtype=dtype, meta=meta, align_arrays=False, **options
-    )
-
-
-def _slices(chunks: tuple[int, ...]) -> Iterator[slice]:
-    for size, stop in zip(chunks, np.cumsum(chunks).tolist(), strict=True):
-        yield slice(stop - size, stop)
-
-
-def _whole(array: Any) -> Any:
-    """The array as one object of the graph, to be a literal."""
-    return array.rechunk(-1).to_delayed(optimize_graph=False).item()
+        kernel, "ij", image, "ij", *pairs, dtype=dtype, meta=np.empty((0, 0), dtype),
+        align_arrays=False, token=f"equalise{kernel.__name__}",  # what a dashboard shows
+    )  # fmt: skip
 
 
 def _equalise_dask(image: Any, grey_range: GreyRange, clahe: Clahe) -> Any:
     place = ArraySliceDep(image.chunks)
-    grey: Any = grey_range
-    if grey is None:
-        again = read_again(image, seed=f"deepdem-range-{tokenize(image, clahe)}")
-        one = {"i": 1, "j": 1}
-        counts = _blocks(
-            _count_keys, "ijk", again, dtype=np.int64, new_axes={"k": 2**16}, adjust_chunks=one
-        ).sum(axis=(0, 1))
-        extremes = _blocks(
-            _extremes, "ijk", again, dtype=np.float64, new_axes={"k": 2}, adjust_chunks=one
-        ).min(axis=(0, 1))
-        grey = delayed(_grey_range, pure=True)(_whole(counts), _whole(extremes), clahe)
-    again = read_again(image, seed=f"deepdem-tiles-{tokenize(image, grey_range, clahe)}")
-    rows, cols = (
-        [np.unique(clahe.tile_of(part, axis)) for part in _slices(chunks)]
-        for axis, chunks in enumerate(image.chunks)
+    token = tokenize(image, grey_range, clahe)
+    again = read_again(image, seed=f"deepdem-tiles-{token}")
+    # The blocks are counts, not arrays: they are only ever used as the tasks behind them.
+    counts = _blocks(_count_tiles, again, place, clahe, dtype=object)
+    merged = merge_tasks(counts.to_delayed(optimize_graph=False), _merge_tiles)
+    tables = delayed(_tables, pure=True)(
+        merged, grey_range, clahe, dask_key_name=f"{TABLES}-equalise-{token}"
     )
-    parts = _blocks(
-        _count_tiles, "ijk", again, place, grey, clahe, dtype=np.int32, new_axes={"k": clahe.bins},
-        adjust_chunks={"i": tuple(map(len, rows)), "j": tuple(map(len, cols))},
-    )  # fmt: skip
-    maps = delayed(_mappings, pure=True)(
-        _whole(parts), np.concatenate(rows), np.concatenate(cols), clahe
-    )
-    return _blocks(_map, "ij", image, place, grey, maps, clahe, dtype=np.float32)
+    return _blocks(_map, image, place, tables, clahe, dtype=np.float32)

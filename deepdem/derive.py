@@ -328,7 +328,7 @@ def equalise(
         Of all valid pixels of the scene: where the bins begin and end. Pixels beyond are clipped,
         so that a few hot ones do not use up the bins.
     grey_range
-        The two values themselves, in place of `percentiles`: saves one reading of the image.
+        The two values themselves, in place of `percentiles`: the same for several scenes.
 
     Returns
     -------
@@ -351,8 +351,9 @@ def equalise(
     differ by 0.003 in the mean; by 0.012 at most on a texture of 2048² pixels, by 0.03 on 746 × 681
     pixels of Pléiades (mirrored edges). The 2048² take 0.12 s on one thread, scikit-image 0.35 s.
 
-    Peak memory is a few chunks for each thread and the table of mappings. Each source chunk is
-    computed three times in place of being held: store or persist what is dear to compute first.
+    Peak memory is a few chunks for each thread, the counts of grey values in the tiles (about a
+    sixtieth of the image) and the table of mappings. Each source chunk is computed twice in place
+    of being held: store or persist what is dear to compute first.
 
     Examples
     --------
@@ -479,8 +480,9 @@ def prepare(
     -----
     ``valid`` reads the layers through a graph of its own, not the one that the layers share: Dask
     otherwise holds layers that are stored until it gets round to ``valid``. Each layer is read once
-    more instead. Measured on a scene of 7 layers of 256 MiB in chunks of 4 MiB, stored with two
-    threads: a peak of 0.14 GiB above the start; with shared layers 0.9 GiB, growing with the scene.
+    more instead, unless `ds.deepdem.to_zarr` stores the scene. Measured on a scene of 7 layers of
+    256 MiB in chunks of 4 MiB, stored with two threads: a peak of 0.14 GiB above the start; with
+    shared layers 0.9 GiB, growing with the scene.
 
     Examples
     --------
@@ -502,9 +504,10 @@ def prepare(
         layers["ndvi"] = ndvi(layers["red"], layers["nir"])
     valid = valid_mask(layers, _needed(layers, needs))
     if isinstance(valid.data, da.Array):
-        valid = valid.copy(
-            data=read_again(valid.data, seed=f"deepdem-valid-{tokenize(valid.data)}")
+        again = read_again(
+            valid.data, seed=f"deepdem-valid-{tokenize(valid.data)}", until_settled=True
         )
+        valid = valid.copy(data=again)
     options = equalise_orthos if isinstance(equalise_orthos, Mapping) else {}
     for name, layer in layers.items():
         image = describe(name).role == "image" and "equalised" not in layer.attrs

@@ -8,14 +8,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import dask
+import dask.base
 import numpy as np
 import xarray as xr
 import zarr
 from zarr.codecs import BloscCodec
 from zarr.errors import ZarrUserWarning
 
+from deepdem.blocks import settle
+from deepdem.grid import pixel_size_m
 from deepdem.layers import LAYERS
 from deepdem.scene import check_scene
+from deepdem.statistics import STATISTICS, plan_statistics
 
 __all__ = [
     "as_stored",
@@ -72,13 +77,27 @@ def scene_to_zarr(
         overwrite = True  # what is there is the rest of a crash
     sizes = tuple(min(SHARD_PX, -(-n // INNER_PX) * INNER_PX) for n in (box.shape.y, box.shape.x))
     out, encoding = as_stored(
-        ds.chunk({"y": sizes[0], "x": sizes[1]}), inner=(INNER_PX, INNER_PX), shards=sizes
-    )
-    out.to_zarr(
-        target, group=group, mode="w" if overwrite else "w-", encoding=encoding, zarr_format=3,
-        consolidated=False,
+        _in_one_pass(ds.chunk({"y": sizes[0], "x": sizes[1]})),
+        inner=(INNER_PX, INNER_PX), shards=sizes,
     )  # fmt: skip
+    # Fused with what makes it, a chunk would be made once to be stored and once to be counted.
+    with dask.config.set({"optimization.fuse.active": False}):
+        writing = out.to_zarr(
+            target, group=group, mode="w" if overwrite else "w-", encoding=encoding,
+            zarr_format=3, consolidated=False, compute=False,
+        )  # fmt: skip
+    _, found = dask.base.compute(writing, plan_statistics(out, pixel_size_m=pixel_size_m(box)))
+    zarr.open_group(target, path=group or "", mode="r+").attrs[STATISTICS] = found
     mark_complete(target, group)
+
+
+def _in_one_pass(ds: xr.Dataset) -> xr.Dataset:
+    """Return the scene so that a store of all layers needs little memory, and each chunk once."""
+    lazy = {name: layer for name, layer in ds.data_vars.items() if layer.chunks is not None}
+    data = settle([layer.data for layer in lazy.values()])
+    return ds.assign(
+        {name: layer.copy(data=d) for (name, layer), d in zip(lazy.items(), data, strict=True)}
+    )
 
 
 def as_stored(
@@ -102,7 +121,8 @@ def as_stored(
         encoding[str(name)] = {
             "chunks": inner,
             "shards": shards,
-            "compressors": (BloscCodec(cname="zstd", clevel=5, shuffle="shuffle"),),
+            # Level 5 takes four times as long and saves 1 to 4 % on heights and orthos.
+            "compressors": (BloscCodec(cname="zstd", clevel=1, shuffle="shuffle"),),
             "grid_mapping": "spatial_ref",
         }
         out[name].attrs = {**_json_safe(layer.attrs), "_CRS": {"wkt": crs.to_wkt()}}

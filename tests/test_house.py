@@ -46,6 +46,7 @@ ROOMS = (
     "sources/_collections",
     "sources/lidar",
     "terrain",
+    "statistics",
     "clahe",
     "derive",
     "scene",
