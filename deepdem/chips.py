@@ -17,6 +17,7 @@ import xbatcher
 from numpy.typing import NDArray
 
 from deepdem.blocks import Box, chunks_of, map_regions
+from deepdem.level import LevelRegion, local_level
 from deepdem.scene import check_scene, dask_layer
 from deepdem.statistics import robust_mean
 from deepdem.windows import Axis, overlap_px
@@ -25,6 +26,7 @@ __all__ = [
     "chip_boxes",
     "chip_generator",
     "chip_numbers",
+    "dsm_level",
     "dsm_scale",
     "robust_mean",
     "split_scene",
@@ -162,6 +164,19 @@ def dsm_scale(ds: xr.Dataset, *, size: int = 256) -> float:
             f"no DSM scale: no chip of {size} px is half valid, or the surface is flat"
         )
     return scale
+
+
+def dsm_level(ds: xr.Dataset, *, chip_px: int) -> xr.DataArray:
+    """Return the local level of the scene's DSM, lazy: what heights are relative to in a network.
+
+    Shape (y, x), float32, metres; NaN where no height is within reach. See `local_level`.
+    """
+    dsm = dask_layer(ds, "dsm")
+    level = map_regions(
+        local_level, [dsm], chunks=dsm.chunks, region=LevelRegion(chip_px, dsm.shape),
+        dtype=np.float32, name="dsm-level", common={"chip_px": chip_px},
+    )  # fmt: skip
+    return xr.DataArray(level, dims=("y", "x"), name="dsm_level", attrs={"units": "m"})
 
 
 _SPLIT = re.compile(r"(left|right|top|bottom)\s+(\d+(?:\.\d+)?)\s*%")

@@ -23,14 +23,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from deepdem.blocks import Box
-from deepdem.chips import chip_boxes, chip_numbers, robust_mean, split_scene
+from deepdem.chips import chip_boxes, chip_numbers, dsm_level, robust_mean, split_scene
 from deepdem.models import ModelSpec
 from deepdem.recipes import Recipe
 from deepdem.scene import check_scene, dask_layer, pixel_size
 
 __all__ = ["Batch", "ChipDataModule", "Statistics", "augmented"]
 
-#: A batch: "layers" (n, layer, y, x) and "target" (n, y, x), raw units, NaN for no data.
+#: A batch: "layers" (n, channel, y, x), as `ModelSpec.channels` names them, and "target"
+#: (n, y, x); raw units, NaN for no data.
 Batch: TypeAlias = "dict[str, Tensor]"
 
 
@@ -244,8 +245,10 @@ class ChipDataModule(pl.LightningDataModule):
         for ds in self.scenes:
             box = check_scene(ds, [*layers, target])
             boxes = split_scene((box.shape.y, box.shape.x), self.split, self.chip_size)
-            train.append(_Region(ds, boxes[0], layers, target))
-            val.append(_Region(ds, boxes[1], layers, target))
+            if spec.centering == "local":
+                ds = ds.assign(dsm_level=dsm_level(ds, chip_px=spec.chip_size))
+            train.append(_Region(ds, boxes[0], spec.channels, target))
+            val.append(_Region(ds, boxes[1], spec.channels, target))
         if self._fits([*train, *val]):
             for region in (*train, *val):
                 region.load()
@@ -342,7 +345,7 @@ def augmented(
     """Return the batch with one drawn symmetry for all its chips; layers and target alike."""
     x, target = batch["layers"], batch["target"]
     if "swap" in kinds and {"ortho_left", "ortho_right"} <= set(layers) and draw.random() < 0.5:
-        order = list(range(len(layers)))
+        order = list(range(x.shape[1]))
         left, right = layers.index("ortho_left"), layers.index("ortho_right")
         order[left], order[right] = right, left
         x = x[:, order]

@@ -226,7 +226,8 @@ def _check_types(values: Mapping[str, Any]) -> None:
         "layers": names, "target": str, "architecture": str, "encoder": str, "chip_size": int,
         "dsm_scale": number, "pixel_size": number, "temperature": number, "means": numbers,
         "stds": numbers, "uncertainty": bool, "options": dict, "training": dict,
-        "clip": lambda v: v is None or number(v),
+        "clip": lambda v: v is None or number(v), "centering": str,
+        "reach_px": lambda v: v is None or number(v),
     }  # fmt: skip
     for name, value in values.items():
         kind = kinds.get(name, object)

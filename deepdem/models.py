@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -25,6 +25,7 @@ from deepdem.layers import describe, truths
 
 __all__ = [
     "ARCHITECTURES",
+    "CENTERINGS",
     "ModelSpec",
     "ResidualNet",
     "build_network",
@@ -35,6 +36,14 @@ __all__ = [
 #: The architecture of a network that the user brings along; see `wrap_network`.
 OWN = "own"
 _MOST_LAYERS, _MOST_PX = 64, 8192
+
+#: What heights are relative to: the mean of the chip or window, or the scene's local level.
+CENTERINGS = ("chip", "local")
+# All networks halve their input at most so often; what a pixel tells them depends on its place
+# within a block of that width.
+_BLOCK_PX = 32
+# A network in which a pixel is felt from further away counts as one that sees all of a window.
+_FAR_PX = 1024
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,14 @@ class ModelSpec:
     architecture, encoder
         Names as segmentation-models-pytorch has them.
     chip_size
-        The width of the training chips and of inference windows, pixels.
+        The width of the training chips, pixels.
+    centering
+        What heights are relative to: ``"chip"``, the mean of the chip (or of the window, which
+        must then be as wide as a chip), or ``"local"``, the local level of the scene.
+    reach_px
+        How far at most a pixel is felt in the output, counted from the aligned block of 32 pixels
+        that it lies in: what a window's edge does to a result ends there. Infinite where it is
+        felt in all of a window (pooling over the window, attention); None: not measured.
     dsm_scale
         The DSM scale, metres; NaN until training starts.
     pixel_size
@@ -84,6 +100,8 @@ class ModelSpec:
     clip: float | None = 10.0
     options: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
+    centering: str = "chip"
+    reach_px: float | None = None
 
     def __post_init__(self) -> None:
         if "dsm" not in self.layers:
@@ -97,7 +115,9 @@ class ModelSpec:
             raise ValueError(f"layers={list(self.layers)} hold the truth {wrong}: leave it out")
         if describe(self.target).role != "truth":
             raise ValueError(f"target={self.target!r}: wanted 'lidar_dsm' or 'lidar_dtm'")
-        if not 0 < self.chip_size <= _MOST_PX or self.chip_size % 32:
+        if self.centering not in CENTERINGS:
+            raise ValueError(f"centering={self.centering!r}: pass 'chip' or 'local'")
+        if not 0 < self.chip_size <= _MOST_PX or self.chip_size % _BLOCK_PX:
             raise ValueError(
                 f"chip_size={self.chip_size}: the networks halve it five times, so it must be a "
                 f"multiple of 32, and {_MOST_PX} at most"
@@ -113,6 +133,7 @@ class ModelSpec:
     def _check_numbers(self) -> None:
         numbers = {"dsm_scale": self.dsm_scale, "pixel_size": self.pixel_size,
                    "temperature": self.temperature, "clip": self.clip,
+                   **({} if self.reach_px in (None, math.inf) else {"reach_px": self.reach_px}),
                    **{f"stds[{n!r}]": v for n, v in self.stds.items()}}  # fmt: skip
         for name, value in numbers.items():
             unknown = value is None or (name in ("dsm_scale", "pixel_size") and math.isnan(value))
@@ -127,6 +148,22 @@ class ModelSpec:
         """Whether the scale and the layers' statistics are known."""
         known = all(n in self.stds and n in self.means for n in self.standardised)
         return math.isfinite(self.dsm_scale) and known
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """What a batch holds: the layers and, of a model with local centring, the level."""
+        return (*self.layers, *(("dsm_level",) if self.centering == "local" else ()))
+
+    @property
+    def is_local(self) -> bool:
+        """Whether a result depends on its surroundings alone, not on the window round them."""
+        known = self.reach_px is not None and math.isfinite(self.reach_px)
+        return self.centering == "local" and known
+
+    @property
+    def window_step(self) -> int:
+        """Inference windows may be as wide as a chip, and wider by a multiple of this; 0: not."""
+        return _BLOCK_PX if self.is_local else 0
 
     @property
     def outputs(self) -> int:
@@ -342,15 +379,18 @@ def wrap_network(spec: ModelSpec, network: nn.Module) -> nn.Module:
 class ResidualNet(nn.Module):
     """A network that takes raw layers and gives the residual in metres.
 
-    NaN is resolved here and nowhere else: heights are centred on the chip's own mean over its
-    valid pixels and divided by the DSM scale, images and indices are standardised by the
-    training scenes' statistics, and then NaN becomes 0, the mean.
+    NaN is resolved here and nowhere else: heights are centred (on the chip's own mean over its
+    valid pixels, or on the local level that the batch brings along) and divided by the DSM scale,
+    images and indices are standardised by the training scenes' statistics, and then NaN becomes
+    0, the mean.
     """
 
     def __init__(self, spec: ModelSpec, network: nn.Module | None = None):
         super().__init__()
         self.spec = spec
         self.network = build_network(spec) if network is None else wrap_network(spec, network)
+        if spec.centering == "local" and spec.reach_px is None:
+            self.spec = replace(spec, reach_px=_reach_px(spec, self.network))
         self._dsm = spec.layers.index("dsm")
         self._heights = [i for i, n in enumerate(spec.layers) if describe(n).is_height]
         self._others = [i for i, n in enumerate(spec.layers) if n in spec.standardised]
@@ -363,16 +403,17 @@ class ResidualNet(nn.Module):
         Parameters
         ----------
         x
-            (n, layer, y, x) float32, raw units, NaN for no data; it is not changed.
+            (n, channel, y, x) float32, raw units, NaN for no data; channels as in
+            ``spec.channels``. It is not changed.
         """
         spec = self.spec
-        dsm = x[:, self._dsm]
-        z = x.clone()
-        finite = torch.isfinite(dsm)
-        # Summed from the lowest pixel up: at 2000 m a float32 sum of heights would lose decimetres.
-        lowest = torch.where(finite, dsm, torch.inf).amin(dim=(1, 2), keepdim=True)
-        above = torch.where(finite, dsm - lowest, 0.0).sum(dim=(1, 2), keepdim=True)
-        centre = (lowest + above / finite.sum(dim=(1, 2), keepdim=True).clamp(min=1))[:, None]
+        if x.shape[1] != len(spec.channels):
+            raise ValueError(
+                f"a batch of {x.shape[1]} channels, wanted {list(spec.channels)} "
+                "('dsm_level' is what deepdem.level.local_level gives)"
+            )
+        centre = self._own_mean(x) if spec.centering == "chip" else x[:, -1:]
+        z = x[:, : len(spec.layers)].clone()
         z[:, self._heights] = (x[:, self._heights] - centre) / spec.dsm_scale
         if self._others:
             names = [spec.layers[i] for i in self._others]
@@ -384,13 +425,22 @@ class ResidualNet(nn.Module):
             )
         return torch.nan_to_num_(z, nan=0.0, posinf=0.0, neginf=0.0)
 
+    def _own_mean(self, x: Tensor) -> Tensor:
+        """Return the mean height of each chip, (n, 1, 1, 1)."""
+        dsm = x[:, self._dsm]
+        finite = torch.isfinite(dsm)
+        # Summed from the lowest pixel up: at 2000 m a float32 sum of heights would lose decimetres.
+        lowest = torch.where(finite, dsm, torch.inf).amin(dim=(1, 2), keepdim=True)
+        above = torch.where(finite, dsm - lowest, 0.0).sum(dim=(1, 2), keepdim=True)
+        return (lowest + above / finite.sum(dim=(1, 2), keepdim=True).clamp(min=1))[:, None]
+
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the residual and, if the network predicts it, the Laplace scale; metres, float32.
 
         Parameters
         ----------
         x
-            (n, layer, y, x) raw layers in the order of ``spec.layers``, NaN for no data.
+            (n, channel, y, x) raw layers in the order of ``spec.channels``, NaN for no data.
             Convolutions run as `for_inference` made them, or as the surrounding autocast says,
             such as a Lightning Trainer's. Centring and scaling are float32 in any case.
 
@@ -413,14 +463,41 @@ class ResidualNet(nn.Module):
         return residual, scale * self.spec.temperature
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the residual, refined minus initial, metres: (n, layer, y, x) to (n, y, x).
+        """Return the residual, refined minus initial, metres: (n, channel, y, x) to (n, y, x).
 
         Parameters
         ----------
         x
-            Raw layers in the order of ``spec.layers``, float32, NaN for no data.
+            Raw layers in the order of ``spec.channels``, float32, NaN for no data.
         """
         return self.moments(x)[0]
+
+
+@torch.inference_mode()
+def _reach_px(spec: ModelSpec, network: nn.Module) -> float:
+    """Return how far a pixel is felt in the output of a bare network; inf: in all of a window.
+
+    Measured with what nothing can hold back: a block of NaN in a strip of zeros. Distances are
+    from the block's edges (see `ModelSpec.reach_px`), the larger of both directions and axes.
+    """
+    training = network.training
+    weight = next(network.parameters(), torch.empty(0))
+    width = spec.chip_size if spec.architecture == OWN else _BLOCK_PX
+    shape = 1, len(spec.layers), width, 2 * _FAR_PX + _BLOCK_PX
+    strip = torch.zeros(shape, device=weight.device)
+    strip[..., _FAR_PX : _FAR_PX + _BLOCK_PX] = torch.nan
+    network.eval()
+    try:
+        felt = network(strip).isnan().any(dim=1)[0].any(dim=0)
+        felt |= network(strip.mT).isnan().any(dim=1)[0].any(dim=1)
+    except RuntimeError:
+        # A network that takes chips and nothing else, such as one with positions for its pixels.
+        return math.inf
+    finally:
+        network.train(training)
+    places = felt.nonzero()
+    far = max(_FAR_PX - int(places.min()), int(places.max()) + 1 - _FAR_PX - _BLOCK_PX)
+    return math.inf if far >= _FAR_PX else float(far)
 
 
 def for_inference(net: ResidualNet, *, bf16: bool = False) -> ResidualNet:

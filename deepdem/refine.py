@@ -1,241 +1,34 @@
 """Refinement: overlapping windows over a scene of any size, as one lazy DataArray.
 
-The kernel, `refine_block`, is NumPy but for the network that it calls; the glue below it chooses
-blocks and does no arithmetic. What a window sees depends on its place on the scene's window grid
-alone, never on a chunk: that is why any chunking gives the same surface.
+The glue: it chooses windows and blocks, and does no arithmetic. The kernel is `refine_block` in
+`deepdem.mosaic`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 from os import PathLike
-from typing import Any, TypeAlias
+from typing import Any
 
 import dask.array as da
 import numpy as np
 import xarray as xr
 from dask.base import tokenize
 from numpy.typing import NDArray
-from rasterio.errors import NotGeoreferencedWarning
-from rasterio.fill import fillnodata
 
 from deepdem.blocks import Box, Chunks, chunks_of, map_regions
 from deepdem.layers import describe
+from deepdem.mosaic import Job, Windows, auto_batch, refine_block
 from deepdem.scene import check_scene, dask_layer, pixel_size
-from deepdem.windows import Blend, Grid, blend_weights, overlap_px, window_grid
+from deepdem.windows import Blend, blend_weights, overlap_px, window_grid
 
-__all__ = ["Job", "Windows", "refine", "refine_block"]
+__all__ = ["refine"]
 
-# Raised for windows, which have no place on the ground when their voids are filled.
-warnings.filterwarnings("ignore", category=NotGeoreferencedWarning, module="rasterio.fill")
-
-#: Takes batches of windows (n, layer, y, x) of raw layers, gives of each, in order, the residual
-#: (n, y, x) in metres and its variance, or None for the latter.
-Predictor: TypeAlias = Callable[
-    [Iterator[NDArray[np.float32]]],
-    Iterable[tuple[NDArray[np.float32], NDArray[np.float32] | None]],
-]
-
-
-@dataclass(frozen=True)
-class Windows:
-    """How a scene is cut into windows: the grid, and the weights along one axis of a window."""
-
-    grid: Grid
-    weights: tuple[float, ...]
-
-    @property
-    def width(self) -> int:
-        """A window's width in pixels."""
-        return self.grid.y.window_px
-
-    def region(self, out: Box, shape: tuple[int, int]) -> Box:
-        """Return the pixels of a scene of `shape` that the windows touching `out` need."""
-        y0, y1 = self.grid.y.span(out.y0, out.y1)
-        x0, x1 = self.grid.x.span(out.x0, out.x1)
-        return Box(y0, min(y1, shape[0]), x0, min(x1, shape[1]))
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a block of the result is made of, besides the layers and the networks.
-
-    Attributes
-    ----------
-    windows
-        Their grid and weights.
-    layers
-        The layers' names, in the order of the arrays.
-    mask
-        The name of a further array, not seen by the network, of pixels that may be used.
-    batch_size
-        Windows in one call of the predictor; None: what suits the device.
-    fill_voids
-        Whether voids of the initial DSM are filled.
-    uncertainty
-        Whether a plane of standard deviations is made.
-    """
-
-    windows: Windows
-    layers: tuple[str, ...]
-    mask: str | None = None
-    batch_size: int | None = None
-    fill_voids: bool = False
-    uncertainty: bool = False
-
-    @property
-    def planes(self) -> tuple[str, ...]:
-        """The names of what is made, in order."""
-        extra = (("refined_std", self.uncertainty), ("filled", self.fill_voids))
-        return ("refined", *(name for name, wanted in extra if wanted))
-
-    @property
-    def dsm(self) -> int:
-        """The index of the initial DSM among the arrays."""
-        return self.layers.index("dsm")
-
-    def usable(self, arrays: Sequence[NDArray[Any]]) -> NDArray[np.bool_]:
-        """Return where a result is wanted: where every layer, and the mask, has data.
-
-        With `fill_voids` also where the DSM is void, if all is there that does not itself come
-        of matching: the triangulation error is void where the DSM is, and so is ``valid``.
-        """
-        there = [np.isfinite(a) if a.dtype.kind == "f" else a.astype(bool) for a in arrays]
-        usable = np.logical_and.reduce(there)
-        if self.fill_voids:
-            names = [*self.layers, *([self.mask] if self.mask else [])]
-            of_matching = ("height", "error", "mask")
-            others = [t for n, t in zip(names, there, strict=True)
-                      if describe(n).role not in of_matching]  # fmt: skip
-            void = ~there[self.dsm]
-            usable |= np.logical_and.reduce([void, *others])
-        result: NDArray[np.bool_] = usable
-        return result
-
-
-def refine_block(
-    arrays: Sequence[NDArray[Any]], predictor: Predictor, job: Job, *, out: Box, region: Box
-) -> NDArray[np.float32]:
-    """Return the planes of one output box.
-
-    Parameters
-    ----------
-    arrays
-        One a layer of the job, and the mask if it has one; each of the region's shape, raw
-        units, NaN for no data. They are not changed.
-    predictor
-        Gives the residuals of batches of windows, and their variances, in order.
-    job
-        Windows, layers, what is wanted.
-    out, region
-        Pixels of the scene: what is made, and what the arrays cover.
-
-    Returns
-    -------
-    ndarray
-        (plane, *out.shape), float32. ``refined``, metres: the initial DSM plus the weighted mean
-        of the windows' residuals; NaN where no result is wanted. ``refined_std``, metres: the
-        windows are a mixture by their weights, so the variance is the weighted mean of their
-        variances plus the weighted variance of their residuals. ``filled``: 1 or 0.
-    """
-    windows, inside = job.windows, out.within(region)
-    wanted = job.usable(arrays)[inside]
-    layers = arrays[: len(job.layers)]
-    dsm = layers[job.dsm][inside].astype(np.float32)
-    void = wanted & ~np.isfinite(dsm)
-    whole = Box(0, out.shape[0], 0, out.shape[1])
-    places = [
-        (y, x)
-        for y in windows.grid.y.starts(out.y0, out.y1).tolist()
-        for x in windows.grid.x.starts(out.x0, out.x1).tolist()
-        if _worth(y, x, wanted, layers[job.dsm], windows.width, out, region)
-    ]
-    line = np.array(windows.weights, dtype=np.float32)
-    weight = np.outer(line, line)
-    norm, mean, square = (np.zeros(whole.shape, dtype=np.float32) for _ in range(3))
-    size = job.batch_size or _auto_batch("cpu", windows.width)
-    parts = [places[k : k + size] for k in range(0, len(places), size)]
-    starts: deque[NDArray[np.float32]] = deque()
-
-    def batches() -> Iterator[NDArray[np.float32]]:
-        for part in parts:
-            batch = _batch(layers, part, windows.width, region)
-            if job.fill_voids:
-                starts.append(_fill(batch[:, job.dsm]))
-            yield batch
-
-    for part, (residuals, variances) in zip(parts, predictor(batches()), strict=True):
-        start = starts.popleft() if job.fill_voids else None
-        for n, (y, x) in enumerate(part):
-            window = Box(y, y + windows.width, x, x + windows.width)
-            box = window.intersect(out)
-            there, here = box.within(out), box.within(window)
-            w, residual = weight[here], residuals[n][here]
-            if start is not None:
-                # In a void each window has an initial DSM of its own, interpolated from what
-                # it sees: what it adds to zero, the void's value below, is its height.
-                residual = residual + np.where(void[there], start[n][here], 0)
-            norm[there] += w
-            mean[there] += w * residual
-            if job.uncertainty:
-                assert variances is not None
-                square[there] += w * (variances[n][here] + residual * residual)
-    done = wanted & (norm > 0)
-    np.divide(mean, norm, out=mean, where=done)
-    planes = [np.where(done, np.where(void, 0, dsm) + mean, np.float32(np.nan))]
-    if job.uncertainty:
-        np.divide(square, norm, out=square, where=done)
-        spread = np.sqrt(np.maximum(square - mean * mean, 0))
-        planes.append(np.where(done, spread, np.float32(np.nan)))
-    if job.fill_voids:
-        planes.append((void & done).astype(np.float32))
-    return np.stack(planes).astype(np.float32, copy=False)
-
-
-def _worth(
-    y: int, x: int, wanted: NDArray[np.bool_], dsm: NDArray[Any], width: int, out: Box, region: Box
-) -> bool:
-    """Return whether a window has a wanted pixel in the output box, and any height at all."""
-    window = Box(y, y + width, x, x + width)
-    if not wanted[window.intersect(out).within(out)].any():
-        return False
-    return bool(np.isfinite(dsm[window.intersect(region).within(region)]).any())
-
-
-def _fill(heights: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Fill the NaN of each window's heights in place, from the window alone; return the heights.
-
-    By inverse distance from the nearest pixels in eight directions (GDAL's FillNodata), over
-    heights above the window's lowest: at 2000 m a float32 would lose the decimetres.
-    """
-    for window in heights:
-        finite = np.isfinite(window)
-        if not finite.all() and finite.any():
-            low = window[finite].min()
-            above = np.where(finite, window - low, 0)
-            window[:] = low + fillnodata(above, finite, max_search_distance=2.0 * len(window))
-    return heights
-
-
-def _batch(
-    layers: Sequence[NDArray[Any]], places: Sequence[tuple[int, int]], width: int, region: Box
-) -> NDArray[np.float32]:
-    """Return windows (n, layer, y, x); beyond the far edge of a small scene it is mirrored."""
-    batch = np.empty((len(places), len(layers), width, width), dtype=np.float32)
-    for n, (y, x) in enumerate(places):
-        box = Box(y, y + width, x, x + width).intersect(region)
-        there = box.within(region)
-        height, breadth = box.shape
-        for m, layer in enumerate(layers):
-            part = layer[there]
-            if part.shape != (width, width):
-                part = np.pad(part, ((0, width - height), (0, width - breadth)), mode="reflect")
-            batch[n, m] = part
-    return batch
+# The width of windows where the model leaves it open.
+_WINDOW_PX = 512
 
 
 def _refine_chunk(
@@ -253,7 +46,7 @@ def _refine_chunk(
     here = replace(how, device=resolve_device(how.device))
     nets = [model.net(here.device, bf16=here.bf16, compiled=here.compiled) for model in models]
     if job.batch_size is None:
-        job = replace(job, batch_size=_auto_batch(here.device, job.windows.width))
+        job = replace(job, batch_size=auto_batch(here.device, job.windows.width))
     return refine_block(
         arrays, lambda batches: predictions(nets, batches, here), job, out=out, region=region
     )
@@ -273,7 +66,7 @@ def refine(
     model: Any,
     *,
     window: int | None = None,
-    overlap: float = 0.25,
+    overlap: float | str = "auto",
     blend: str | Blend = "hann",
     batch_size: int | str = "auto",
     device: str = "auto",
@@ -372,8 +165,8 @@ def refine(
             "models, or pass tta=True"
         )
     shape = (box.shape.y, box.shape.x)
-    windows = _windows(shape, spec.chip_size, window, overlap, blend)
-    stride = windows.grid.y.stride_px
+    specs = [ref.spec for ref in refs]
+    windows = _windows(shape, specs, window, overlap, blend, whole=fill_voids)
     job = Job(
         windows=windows,
         layers=spec.layers,
@@ -382,14 +175,14 @@ def refine(
         fill_voids=fill_voids,
         uncertainty=uncertainty,
     )
-    cut = chunks_of(shape, _chunk_px(chunks, ds, stride))
+    cut = chunks_of(shape, _chunk_px(chunks, ds, windows.grid.y.stride_px))
     arrays = [dask_layer(ds, name) for name in (*job.layers, *([job.mask] if job.mask else []))]
-    how = _how([ref.spec for ref in refs], device, precision, tta=tta, compiled=compile)
+    how = _how(specs, device, precision, tta=tta, compiled=compile)
     data = map_regions(
         _refine_chunk,
         arrays,
         chunks=cut,
-        region=_Region(job.windows, shape),
+        region=windows.needs,
         dtype=np.float32,
         name="refined",
         planes=len(job.planes),
@@ -400,33 +193,77 @@ def refine(
     )
     # A callable has no name that another process would know it by, but its weights.
     name = blend if isinstance(blend, str) else f"custom-{tokenize(windows.weights)}"
-    attrs = _provenance(ds, [ref.spec for ref in refs], how, overlap=spec.chip_size - stride)
+    attrs = _provenance(ds, specs, how, windows)
     attrs |= {"deepdem_weights": [ref.hash for ref in refs], "deepdem_blend": name}
     return _result(ds, data, job, attrs, _hashes(arrays, cut))
 
 
 def _windows(
-    shape: tuple[int, int], chip_px: int, window: int | None, overlap: float, blend: str | Blend
+    shape: tuple[int, int],
+    specs: Sequence[Any],
+    window: int | None,
+    overlap: float | str,
+    blend: str | Blend,
+    *,
+    whole: bool,
 ) -> Windows:
-    if window not in (None, chip_px):
-        raise ValueError(
-            f"window={window}: the model is centred on chips of {chip_px} px, so its windows must "
-            f"be that wide; leave window= out, or train with chip_size={window}"
+    """Return the windows that are meant, or what suits the networks.
+
+    `whole`: none is computed in part. A void is filled from all that a window sees.
+    """
+    spec = specs[0]
+    step = min(one.window_step for one in specs)
+    width = _window_px(shape, spec, window, step)
+    if isinstance(overlap, str):
+        if overlap != "auto":
+            raise ValueError(f"overlap={overlap!r}: pass 'auto', a fraction or pixels")
+        overlap = _auto_overlap(specs, width)
+    stride = width - overlap_px(overlap, width)
+    if step:
+        # Windows stand where the networks' own grid of pooling does: an overlap is never less
+        # than what was asked for, unless nothing would be left of the step.
+        stride = max(stride // step, 1) * step
+    line = tuple(map(float, blend_weights(blend, width)))
+    return Windows(
+        window_grid(shape, width, stride, step or 1),
+        line,
+        max(one.reach_px for one in specs) if step and not whole else math.inf,
+        spec.chip_size if spec.centering == "local" else None,
+    )
+
+
+def _window_px(shape: tuple[int, int], spec: Any, window: int | None, step: int) -> int:
+    chip: int = spec.chip_size
+    if window is None:
+        if not step:
+            return chip
+        # A small scene is one window, padded to no more than it must.
+        return max(chip, min(_WINDOW_PX // step * step, -(-max(shape) // step) * step))
+    if not step and window != chip:
+        why = (
+            f"the model is centred on chips of {chip} px"
+            if spec.centering == "chip"
+            else f"the network, trained on chips of {chip} px, pools over all of a window"
         )
-    stride = chip_px - overlap_px(overlap, chip_px)
-    line = tuple(map(float, blend_weights(blend, chip_px)))
-    return Windows(window_grid(shape, chip_px, stride), line)
+        raise ValueError(
+            f"window={window}: {why}, so its windows must be that wide; leave window= out, or "
+            f"train with chip_size={window}"
+            + (" or centering='local'" * (spec.centering == "chip"))
+        )
+    if window < chip or (step and window % step):
+        raise ValueError(
+            f"window={window}: pass a multiple of {step} px, {chip} or more (the width of the "
+            "chips that the model was trained on)"
+        )
+    return window
 
 
-@dataclass(frozen=True)
-class _Region:
-    """Which pixels of the scene an output box needs."""
-
-    windows: Windows
-    shape: tuple[int, int]
-
-    def __call__(self, out: Box) -> Box:
-        return self.windows.region(out, self.shape)
+def _auto_overlap(specs: Sequence[Any], width: int) -> float:
+    if not all(spec.is_local for spec in specs):
+        return 0.25
+    # What the window's edge does to a result is over at the reach, and most of it long before.
+    reach: float = max(spec.reach_px for spec in specs)
+    return int(min(2 * reach, width // 4))
 
 
 def _networks(model: Any) -> list[Any]:
@@ -450,7 +287,7 @@ def _networks(model: Any) -> list[Any]:
         nets.append(net)
     if not nets:
         raise ValueError("model=[] is an ensemble without a member: pass at least one model")
-    for name in ("layers", "chip_size", "target"):
+    for name in ("layers", "chip_size", "centering", "target"):
         values = {getattr(net.spec, name) for net in nets}
         if len(values) > 1:
             raise ValueError(f"the members of the ensemble differ in their {name}: {values}")
@@ -487,12 +324,6 @@ def _batch_size(wanted: int | str) -> int | None:
     return wanted
 
 
-def _auto_batch(device: str, width: int) -> int:
-    # Two windows of 256 on a CPU: what the allocator keeps between layers (see predict.py).
-    pixels = 2 * 256**2 if device == "cpu" else 32 * 256**2
-    return max(1, min(pixels // width**2, 64))
-
-
 def _how(specs: Sequence[Any], device: str, precision: str, *, tta: bool, compiled: bool) -> Any:
     """Return how batches are predicted; which precision ``"auto"`` is, is decided here for all."""
     from deepdem.predict import Prediction, bf16_is_fast
@@ -523,15 +354,16 @@ def _hashes(arrays: Sequence[da.Array], cut: Chunks) -> da.Array:
     )  # fmt: skip
 
 
-def _provenance(ds: xr.Dataset, specs: Sequence[Any], how: Any, *, overlap: int) -> dict[str, Any]:
+def _provenance(ds: xr.Dataset, specs: Sequence[Any], how: Any, windows: Windows) -> dict[str, Any]:
     from deepdem import __version__
 
     vertical = ds["dsm"].attrs.get("vertical_reference")
     return {
         "deepdem_version": __version__,
         "deepdem_target": specs[0].target,
-        "deepdem_window_px": specs[0].chip_size,
-        "deepdem_overlap_px": overlap,
+        "deepdem_centering": specs[0].centering,
+        "deepdem_window_px": windows.width,
+        "deepdem_overlap_px": windows.width - windows.grid.y.stride_px,
         "deepdem_precision": "bf16" if how.bf16 else "float32",
         "deepdem_tta": how.tta,
         **({"vertical_reference": vertical} if vertical else {}),

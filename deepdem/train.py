@@ -50,7 +50,12 @@ class DeepDEM(pl.LightningModule):
         residual in units of the DSM scale (with `uncertainty` (n, 2, y, x): and the logarithm of
         its scale). The model file keeps its weights, not its code: pass it again to `load_model`.
     chip_size
-        The width of chips and inference windows, a multiple of 32.
+        The width of chips, a multiple of 32.
+    centering
+        What heights are relative to. ``"chip"``: the mean of the chip, as in the published
+        workflow; inference windows must then be as wide as a chip. ``"local"``: the local level,
+        a smooth mean over about a chip that does not depend on where a chip lies; windows may be
+        wide and overlap little.
     dsm_scale
         Metres; None: computed from the training scenes when training starts.
     uncertainty
@@ -92,6 +97,7 @@ class DeepDEM(pl.LightningModule):
         encoder_weights: str | None = None,
         network: nn.Module | None = None,
         chip_size: int = 256,
+        centering: str = "chip",
         dsm_scale: float | None = None,
         uncertainty: bool = False,
         weights: str | None = None,
@@ -116,7 +122,8 @@ class DeepDEM(pl.LightningModule):
             {
                 "layers": list(layers), "target": target, "preset": preset,
                 "architecture": architecture, "encoder": encoder, "encoder_weights": None,
-                "chip_size": chip_size, "dsm_scale": dsm_scale, "uncertainty": uncertainty,
+                "chip_size": chip_size, "centering": centering, "dsm_scale": dsm_scale,
+                "uncertainty": uncertainty,
                 "weights": None, "frozen_encoder": frozen_encoder, "loss": loss, **changes,
                 "options": dict(options or {}),
             }
@@ -124,7 +131,7 @@ class DeepDEM(pl.LightningModule):
         spec = ModelSpec(
             tuple(layers), target, architecture, encoder, chip_size,
             math.nan if dsm_scale is None else float(dsm_scale), uncertainty=uncertainty,
-            options=dict(options or {}),
+            options=dict(options or {}), centering=centering,
         )  # fmt: skip
         built = build_network(spec, encoder_weights) if network is None else network
         self.net = ResidualNet(spec, built)
@@ -141,7 +148,8 @@ class DeepDEM(pl.LightningModule):
     def _start_from(self, path: str) -> None:
         own = self.net.network if self.spec.architecture == OWN else None
         other = read_model(path, network=own)
-        for name in ("layers", "architecture", "encoder", "options", "uncertainty", "chip_size"):
+        for name in ("layers", "architecture", "encoder", "options", "uncertainty", "chip_size",
+                     "centering"):  # fmt: skip
             mine, theirs = getattr(self.spec, name), getattr(other.spec, name)
             if mine != theirs:
                 raise ValueError(
@@ -174,8 +182,8 @@ class DeepDEM(pl.LightningModule):
         Parameters
         ----------
         x
-            (n, layer, y, x) raw layers in the order of ``layers``, NaN for no data. The result has
-            shape (n, y, x), NaN where the initial DSM has no data.
+            (n, channel, y, x) raw layers in the order of ``spec.channels``, NaN for no data. The
+            result has shape (n, y, x), NaN where the initial DSM has no data.
         """
         residual: Tensor = self.net(x)
         return x[:, self.spec.layers.index("dsm")] + residual
@@ -503,8 +511,8 @@ def model_of(net: ResidualNet, **training: Any) -> DeepDEM:
     own = net.network if spec.architecture == OWN else None
     model = DeepDEM(
         spec.layers, spec.target, architecture=spec.architecture, encoder=spec.encoder,
-        network=own, chip_size=spec.chip_size, dsm_scale=spec.dsm_scale,
-        uncertainty=spec.uncertainty, options=spec.options, **training,
+        network=own, chip_size=spec.chip_size, centering=spec.centering,
+        dsm_scale=spec.dsm_scale, uncertainty=spec.uncertainty, options=spec.options, **training,
     )  # fmt: skip
     model.net.spec = spec
     model.net.load_state_dict(net.state_dict())

@@ -6,6 +6,7 @@ never depends on how the scene is chunked. A newcomer adds a blend window here, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -132,16 +133,20 @@ class Axis:
         the caller pads (see `padded_px`).
     window_px, stride_px
         The window's width and the step from one to the next.
+    step_px
+        Windows start at multiples of it, the last one too: the scene is padded to a multiple.
     """
 
     length_px: int
     window_px: int
     stride_px: int
+    step_px: int = 1
 
     @property
     def padded_px(self) -> int:
-        """The length with the padding that a scene smaller than a window needs."""
-        return max(self.length_px, self.window_px)
+        """The length with the padding that a small scene, or its last window, needs."""
+        whole = -(-self.length_px // self.step_px) * self.step_px
+        return max(whole, self.window_px)
 
     @property
     def count(self) -> int:
@@ -165,10 +170,25 @@ class Axis:
         """Return the first pixels of all windows that touch pixels [lo, hi), ascending."""
         return np.array([self.start(i) for i in self.covering(lo, hi)], dtype=np.int64)
 
-    def span(self, lo: int, hi: int) -> tuple[int, int]:
-        """Return the pixels [first, last) that the windows touching [lo, hi) need."""
+    def part(self, start: int, lo: int, hi: int, reach_px: float) -> tuple[int, int]:
+        """Return the pixels of a window that tell on its result within [lo, hi).
+
+        A network that feels no further than `reach_px` gives the same there from a part of the
+        window, if the part begins and ends at a multiple of the step.
+        """
+        first, last, step = start, start + self.window_px, self.step_px
+        if math.isfinite(reach_px):
+            reach = int(reach_px)
+            first = max(first, (lo - reach) // step * step)
+            last = min(last, -(-(hi + reach) // step) * step)
+        return first, last
+
+    def span(self, lo: int, hi: int, reach_px: float = math.inf) -> tuple[int, int]:
+        """Return the pixels [first, last) of the windows touching [lo, hi) that are needed."""
         touching = self.covering(lo, hi)
-        return self.start(touching[0]), self.start(touching[-1]) + self.window_px
+        first, _ = self.part(self.start(touching[0]), lo, hi, reach_px)
+        _, last = self.part(self.start(touching[-1]), lo, hi, reach_px)
+        return first, last
 
 
 @dataclass(frozen=True)
@@ -185,6 +205,7 @@ class Grid:
 
 
 @lru_cache(maxsize=32)
-def window_grid(shape: tuple[int, int], window_px: int, stride_px: int) -> Grid:
+def window_grid(shape: tuple[int, int], window_px: int, stride_px: int, step_px: int = 1) -> Grid:
     """Return the grid of windows over a scene of `shape` (y, x)."""
-    return Grid(Axis(shape[0], window_px, stride_px), Axis(shape[1], window_px, stride_px))
+    y, x = (Axis(length, window_px, stride_px, step_px) for length in shape)
+    return Grid(y, x)

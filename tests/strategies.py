@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from hypothesis import strategies as st
 
-from deepdem.windows import BLENDS
+from deepdem.windows import BLENDS, Grid, window_grid
 
 
 @dataclass(frozen=True)
@@ -22,21 +23,35 @@ class Cut:
     blend: str
     batch: int
     seed: int
+    step_px: int = 1
+    reach_px: float = math.inf
+    level_px: int | None = None
+
+    @property
+    def grid(self) -> Grid:
+        """The windows that are meant."""
+        stride = self.window_px - self.overlap_px
+        return window_grid(self.shape, self.window_px, stride, self.step_px)
 
 
 @st.composite
-def cuts(draw: st.DrawFn) -> Cut:
+def cuts(draw: st.DrawFn, *, local: bool = False) -> Cut:
+    """Draw a cut; a local one for networks that feel no further than some blocks of pixels."""
     shape = draw(st.tuples(st.integers(1, 90), st.integers(1, 90)))
-    window = draw(st.integers(1, 40))
+    step = draw(st.sampled_from((1, 2, 4, 8))) if local else 1
+    window = step * draw(st.integers(1, 40 // step))
     return Cut(
         shape=shape,
         chunks=draw(st.tuples(st.integers(1, 60), st.integers(1, 60))),
         out_px=draw(st.integers(7, 80)),
         window_px=window,
-        overlap_px=draw(st.integers(0, window - 1)),
+        overlap_px=step * draw(st.integers(0, window // step - 1)),
         blend=draw(st.sampled_from(sorted(BLENDS))),
         batch=draw(st.integers(1, 9)),
         seed=draw(st.integers(0, 2**16)),
+        step_px=step,
+        reach_px=step * draw(st.integers(1, 3)) if local else math.inf,
+        level_px=draw(st.sampled_from((4, 16, 48))) if local else None,
     )
 
 

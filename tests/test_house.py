@@ -30,6 +30,8 @@ ROOMS = (
     "windows",
     "blocks",
     "vertical",
+    "level",
+    "mosaic",
     "sources/_lattice",
     "sources/_landscape",
     "sources/_stereo",

@@ -65,9 +65,42 @@ def test_heights_do_not_depend_on_their_level():
         np.testing.assert_allclose(net(_batch(height=0.0)), net(_batch(height=1500.0)), atol=1e-3)
 
 
+def test_local_centring_takes_the_level_that_it_is_given():
+    net = ResidualNet(_spec(centering="local")).eval()
+    assert net.spec.channels == ("dsm", "ortho_left", "valid", "dsm_level")
+    x = _batch(height=1500.0)
+    level = torch.full_like(x[:, :1], 1490.0)
+    z = net.standardise(torch.cat([x, level], dim=1))
+    assert z.shape == x.shape
+    wanted = torch.nan_to_num((x[:, 0] - 1490.0) / net.spec.dsm_scale)
+    np.testing.assert_allclose(z[:, 0], wanted, atol=1e-6)
+    np.testing.assert_array_equal(z[:, 1:], ResidualNet(_spec()).standardise(x)[:, 1:])
+    with pytest.raises(ValueError, match=r"3 channels, wanted .*'dsm_level'"):
+        net(x)
+
+
+@pytest.mark.parametrize(
+    ("options", "reach"), [({"depth": 2}, 11), ({"depth": 3}, 23), ({"depth": 4}, 47)]
+)
+def test_a_pixel_is_felt_as_far_as_was_measured_and_no_further(options, reach):
+    net = ResidualNet(_spec(options={"start_kernel": 4, **options}, centering="local"))
+    assert net.training
+    net.eval()
+    assert net.spec.reach_px == reach
+    x = torch.randn(1, 3, 256, 256)
+    other = x.clone()
+    other[..., 128:160, 128:160] = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        felt = (net.network(other) != net.network(x))[0].any(dim=0).nonzero()
+    # 128 and 160 are the block's edges; convolutions of random weights hold nothing back.
+    assert felt.min() == 128 - reach
+    assert felt.max() == 159 + reach
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
-    [({"layers": ("ortho_left",)}, "lack 'dsm'"), ({"layers": ("dsm", "dsm")}, "twice"),
+    [({"centering": "sun"}, "'chip' or 'local'"),
+     ({"layers": ("ortho_left",)}, "lack 'dsm'"), ({"layers": ("dsm", "dsm")}, "twice"),
      ({"layers": ("dsm", "lidar_dsm")}, "hold the truth"),
      ({"target": "ndvi"}, "wanted 'lidar_dsm'"),
      ({"chip_size": 100}, "multiple of 32")],

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import dask
 import dask.array as da
 import numpy as np
@@ -7,115 +9,9 @@ import pytest
 import torch
 import xarray as xr
 from conftest import LAYERS, fitted
-from hypothesis import given
-from hypothesis import strategies as st
-from strategies import cuts, holey
 
 import deepdem
-from deepdem.blocks import Box, chunks_of, map_regions
-from deepdem.refine import Job, Windows, refine, refine_block
-from deepdem.windows import blend_weights, window_grid
-
-
-def _fake(batch: np.ndarray) -> np.ndarray:
-    """A residual that depends on all of a window: exact in float32, blind to where it stands."""
-    assert batch.dtype == np.float32
-    assert batch.shape[2] == batch.shape[3]
-    filled = np.nan_to_num(batch[:, 0])
-    return np.round(filled + filled.max(axis=(1, 2), keepdims=True)) / 8
-
-
-def _naive(dsm: np.ndarray, window: int, stride: int, blend: str) -> np.ndarray:
-    """The definition, in a plain loop over windows of a mirrored scene."""
-    height, width = dsm.shape
-    padded = np.pad(
-        dsm, ((0, max(window - height, 0)), (0, max(window - width, 0))), mode="reflect"
-    )
-    line = blend_weights(blend, window)
-    total = np.zeros(padded.shape, np.float64)
-    norm = np.zeros(padded.shape, np.float64)
-
-    def starts(n: int) -> list[int]:
-        return sorted({*range(0, n - window, stride), n - window})
-
-    for y in starts(padded.shape[0]):
-        for x in starts(padded.shape[1]):
-            part = padded[y : y + window, x : x + window]
-            if not np.isfinite(part).any():
-                continue
-            there = slice(y, y + window), slice(x, x + window)
-            total[there] += _fake(part[None, None])[0] * np.outer(line, line)
-            norm[there] += np.outer(line, line)
-    with np.errstate(invalid="ignore"):
-        residual = (total / norm)[:height, :width]
-    return np.where(np.isfinite(dsm), dsm + residual, np.nan)
-
-
-def _blocked(dsm: np.ndarray, cut) -> np.ndarray:
-    windows = Windows(
-        window_grid(cut.shape, cut.window_px, cut.window_px - cut.overlap_px),
-        tuple(map(float, blend_weights(cut.blend, cut.window_px))),
-    )
-
-    job = Job(windows, ("dsm",), batch_size=cut.batch)
-
-    def kernel(arrays, *, out, region):
-        return refine_block(
-            arrays, lambda bs: ((_fake(b), None) for b in bs), job, out=out, region=region
-        )[0]
-
-    lazy = map_regions(
-        kernel, [da.from_array(dsm, chunks=cut.chunks)], chunks=chunks_of(cut.shape, cut.out_px),
-        region=lambda box: windows.region(box, cut.shape), dtype=np.float32, name="refine",
-    )  # fmt: skip
-    return lazy.compute(scheduler="sync")
-
-
-@given(cuts())
-def test_any_chunking_equals_a_plain_loop_over_windows(cut):
-    dsm = holey(cut.shape, cut.seed)
-    wanted = _naive(dsm, cut.window_px, cut.window_px - cut.overlap_px, cut.blend)
-    np.testing.assert_allclose(_blocked(dsm, cut), wanted, atol=2e-4, rtol=1e-6)
-
-
-@given(cuts(), st.floats(-5, 5, width=32))
-def test_a_constant_residual_comes_out_constant(cut, value):
-    dsm = holey(cut.shape, cut.seed)
-    windows = Windows(
-        window_grid(cut.shape, cut.window_px, cut.window_px - cut.overlap_px),
-        tuple(map(float, blend_weights(cut.blend, cut.window_px))),
-    )
-    whole = Box(0, cut.shape[0], 0, cut.shape[1])
-    (out,) = refine_block(
-        [dsm], lambda bs: ((np.full(b[:, 0].shape, value, np.float32), None) for b in bs),
-        Job(windows, ("dsm",), batch_size=3), out=whole, region=windows.region(whole, cut.shape),
-    )  # fmt: skip
-    np.testing.assert_allclose(out, dsm + np.float32(value), atol=1e-5, equal_nan=True)
-
-
-def test_seams_are_gone_with_hann_and_there_without():
-    """A network that returns its window's own mean: the worst case for a seam."""
-    dsm = np.tile(np.linspace(0, 400, 400, dtype=np.float32), (200, 1))
-
-    def jump(blend: str) -> float:
-        windows = Windows(
-            window_grid((200, 400), 64, 32), tuple(map(float, blend_weights(blend, 64)))
-        )
-        whole = Box(0, 200, 0, 400)
-        (out,) = refine_block(
-            [dsm],
-            lambda bs: (
-                (np.broadcast_to(b[:, 0].mean((1, 2), keepdims=True), b[:, 0].shape), None)
-                for b in bs
-            ),
-            Job(windows, ("dsm",)), out=whole, region=whole,
-        )  # fmt: skip
-        steps = np.abs(np.diff(out - dsm, axis=1))[100, 64:336]
-        return float(steps.max())
-
-    # A ramp of 1 m a pixel: its residual cannot be flatter than 1 m a pixel on average.
-    assert jump("none") > 25
-    assert jump("hann") < 2
+from deepdem.refine import refine
 
 
 def test_it_reads_and_computes_nothing(scene, model, no_compute):
@@ -259,6 +155,133 @@ def test_errors_name_what_is_wrong_and_the_cure(scene, model):
         coarse.deepdem.refine(model)
 
 
+# --- local centring: windows of any width ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def local():
+    """A network of small reach that sees heights above the local level."""
+    model = deepdem.DeepDEM(
+        LAYERS, architecture="resdepth", options={"start_kernel": 4, "depth": 2}, chip_size=32,
+        centering="local", dsm_scale=5.0,
+    )  # fmt: skip
+    names = model.spec.standardised
+    model.net.spec = replace(
+        model.spec, pixel_size=1.0, means=dict.fromkeys(names, 0.4), stds=dict.fromkeys(names, 0.3)
+    )
+    with torch.no_grad():
+        model.net.network.last_layer.weight.mul_(30)
+    return model.eval()
+
+
+def test_beyond_the_reach_of_its_edges_a_window_is_as_good_as_any(scene, local):
+    """Any width and overlap that leaves the edges out gives what one window round all gives."""
+    holes = scene.copy(deep=True)
+    holes.dsm[40:120, 60:90] = np.nan
+    holes["valid"] = holes.valid & holes.dsm.notnull()
+    assert local.spec.reach_px == 11
+    one = holes.deepdem.refine(local, window=320).compute()
+    assert float(abs(one - holes.dsm).max()) > 1
+    for window, overlap in ((96, 64), (160, 0.5)):
+        options = {"window": window, "overlap": overlap, "blend": _core}
+        other = holes.deepdem.refine(local, **options).compute()
+        np.testing.assert_allclose(other, one, atol=1e-3)
+
+
+def _core(width: int) -> np.ndarray:
+    line = np.full(width, 1e-6)
+    line[16:-16] = 1.0
+    return line
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 64, "overlap": 0.0, "blend": "none"},
+                                     {"tta": True}, {"fill_voids": True}])  # fmt: skip
+def test_local_windows_do_not_know_of_chunks(scene, local, options):
+    holes = scene.copy(deep=True)
+    holes.dsm[40:120, 60:90] = np.nan
+    holes["valid"] = holes.valid & holes.dsm.notnull()
+    whole = holes.deepdem.refine(local, **options).compute(scheduler="sync")
+    cut = holes.chunk(y=77, x=130).deepdem.refine(local, chunks=90, batch_size=3, **options)
+    if isinstance(whole, xr.Dataset):
+        np.testing.assert_array_equal(cut.filled, whole.filled)
+        assert whole.filled.any()
+        cut, whole = cut.refined, whole.refined
+    np.testing.assert_allclose(cut, whole, atol=1e-3)
+    assert float(abs(whole - scene.dsm).max()) > 1
+
+
+def test_training_sees_what_refine_sees(scene, local, monkeypatch):
+    """The level of a training chip is the scene's, not that of its region, let alone its own."""
+    import pytorch_lightning as pl
+
+    data = deepdem.ChipDataModule(scene, chip_size=32, batch_size=4, split="left 50 %")
+    data.trainer = pl.Trainer(logger=False, accelerator="cpu", enable_checkpointing=False)
+    data.trainer.strategy._lightning_module = local
+    data.setup("fit")
+    batches = [x["layers"].numpy() for x in data.val_dataloader()]
+    seen = np.concatenate([batch[:, 0] - batch[:, -1] for batch in batches])
+
+    whole = []
+    standardise = deepdem.models.ResidualNet.standardise
+
+    def noted(net, x):
+        whole.append((x[0, 0] - x[0, -1]).numpy())
+        return standardise(net, x)
+
+    monkeypatch.setattr("deepdem.models.ResidualNet.standardise", noted)
+    scene.deepdem.refine(local, window=320).compute(scheduler="sync")
+    # The chips of the right half, less a guard band of one chip, row by row.
+    left = 130 + 32
+    y, x = range(0, 300 - 31, 32), range(left, 260 - 31, 32)
+    wanted = [whole[0][i : i + 32, j : j + 32] for i in (*y, 300 - 32) for j in (*x, 260 - 32)]
+    near = [min(float(np.nanmax(np.abs(chip - other))) for other in wanted) for chip in seen]
+    assert max(near) < 1e-3
+
+
+def test_a_far_void_has_no_level_and_is_not_filled(scene, local):
+    holes = scene.copy(deep=True)
+    holes.dsm[60:220, 40:200] = np.nan
+    filled = holes.drop_vars("valid").drop_vars("triangulation_error")
+    filled["triangulation_error"] = scene.triangulation_error.fillna(0.0)
+    result = filled.deepdem.refine(local, fill_voids=True, window=320).compute()
+    assert result.filled[70, 50]
+    assert not result.filled[140, 120]
+    assert result.refined.notnull().equals(holes.dsm.notnull() | result.filled)
+
+
+def test_what_straddles_a_chunk_is_computed_no_further_than_needed(scene, local, monkeypatch):
+    seen = []
+    predict = deepdem.predict.predict
+
+    def counted(nets, batch, how):
+        seen.append(batch.shape[0] * batch.shape[2] * batch.shape[3])
+        return predict(nets, batch, how)
+
+    monkeypatch.setattr("deepdem.predict.predict", counted)
+    square = scene.isel(y=slice(0, 256), x=slice(0, 256))
+    square.deepdem.refine(local, window=256, chunks=128).compute(scheduler="sync")
+    assert sum(seen) == 4 * 160**2  # of each a quarter, and its reach rounded up to a block
+
+
+def test_windows_are_as_wide_as_the_network_allows(scene, local):
+    assert scene.deepdem.refine(local, window=96).attrs["deepdem_window_px"] == 96
+    attrs = scene.deepdem.refine(local).attrs
+    assert attrs["deepdem_centering"] == "local"
+    assert attrs["deepdem_window_px"] == 320  # the scene in one
+    for window in (16, 100):
+        with pytest.raises(ValueError, match=f"window={window}: pass a multiple of 32 px, 32 or"):
+            scene.deepdem.refine(local, window=window)
+    pooled = fitted(centering="local")  # its encoder pools over the window
+    assert pooled.spec.reach_px == float("inf")
+    with pytest.raises(ValueError, match="pools over all of a window"):
+        scene.deepdem.refine(pooled, window=128)
+    assert scene.deepdem.refine(pooled).attrs["deepdem_window_px"] == 64
+    with pytest.raises(ValueError, match="differ in their centering"):
+        scene.deepdem.refine([fitted(), pooled])
+    with pytest.raises(ValueError, match="overlap='half': pass 'auto'"):
+        scene.deepdem.refine(local, overlap="half")
+
+
 @pytest.mark.slow
 def test_a_cluster_gives_the_same_surface_and_gets_the_weights_once(scene, model):
     from distributed import Client, LocalCluster
@@ -303,8 +326,6 @@ def test_precision_is_said_and_bf16_is_near(scene, model):
 
 
 def test_auto_precision_goes_by_the_device_and_what_training_noted(scene, monkeypatch):
-    from dataclasses import replace
-
     model = fitted()
     monkeypatch.setattr("deepdem.predict.bf16_is_fast", lambda device: True)
     for noted, wanted in ((0.01, "bf16"), (0.03, "float32")):
@@ -337,8 +358,6 @@ def test_tta_does_not_know_up_from_down(scene, model):
 
 
 def test_tta_swaps_the_images_where_training_did(scene):
-    from dataclasses import replace
-
     model = fitted()
     square = scene.isel(y=slice(0, 64), x=slice(0, 64))
     swapped = square.assign(ortho_left=square.ortho_right, ortho_right=square.ortho_left)
@@ -416,17 +435,6 @@ def test_voids_are_filled_where_the_images_are(scene, model):
     chunked = holes.chunk(y=50, x=61).deepdem.refine(model, fill_voids=True, chunks=70)
     np.testing.assert_allclose(chunked.refined, filled.refined, atol=1e-3)
     np.testing.assert_array_equal(chunked.filled, filled.filled)
-
-
-def test_filling_is_exact_on_a_plane_s_level_and_leaves_the_rest():
-    from deepdem.refine import _fill
-
-    window = np.full((1, 32, 32), 2000.25, np.float32)
-    window[0, 10:14, 10:14] = np.nan
-    _fill(window)
-    np.testing.assert_array_equal(window, np.full((1, 32, 32), 2000.25, np.float32))
-    empty = np.full((1, 8, 8), np.nan, np.float32)
-    assert np.isnan(_fill(empty)).all()
 
 
 def test_what_a_model_does_not_offer_is_refused(scene, model):

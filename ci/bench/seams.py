@@ -10,7 +10,8 @@ import numpy as np
 from common import Result, options, report, seam
 
 from deepdem.blocks import Box
-from deepdem.refine import Job, Windows, refine, refine_block
+from deepdem.mosaic import Job, Windows, refine_block
+from deepdem.refine import refine
 from deepdem.windows import blend_weights, overlap_px, window_grid
 
 Fields = Iterable[tuple[np.ndarray, None]]
