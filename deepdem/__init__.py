@@ -14,6 +14,7 @@ from deepdem import accessor as _accessor  # noqa: F401  # registers Dataset.dee
 if TYPE_CHECKING:
     from deepdem.data import ChipDataModule
     from deepdem.legacy import import_checkpoint
+    from deepdem.runs import open_asp, open_deepdem
     from deepdem.scene import stack
     from deepdem.sources.lidar import find_collections, grid_points
     from deepdem.sources.simulated import simulate_stereo
@@ -30,6 +31,8 @@ _HOME = {
     "grid_points": "deepdem.sources.lidar",
     "import_checkpoint": "deepdem.legacy",
     "load_model": "deepdem.train",
+    "open_asp": "deepdem.runs",
+    "open_deepdem": "deepdem.runs",
     "open_scene": "deepdem.store",
     "open_scenes": "deepdem.store",
     "simulate_stereo": "deepdem.sources.simulated",
@@ -45,6 +48,8 @@ __all__ = [
     "grid_points",
     "import_checkpoint",
     "load_model",
+    "open_asp",
+    "open_deepdem",
     "open_scene",
     "open_scenes",
     "simulate_stereo",

@@ -52,6 +52,7 @@ ROOMS = (
     "clahe",
     "derive",
     "scene",
+    "runs",
     "store",
     "sources/simulated",
     "chips",

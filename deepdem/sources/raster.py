@@ -70,7 +70,8 @@ def open_layer(name: str, source: RasterSource, *, chunks: int = 2048) -> xr.Dat
         where none was chosen.
     """
     if isinstance(source, xr.DataArray):
-        array, what = _plane(name, source, "a DataArray", None), "a DataArray"
+        what = str(source.attrs.get("source", "a DataArray"))
+        array = _plane(name, source, what, None)
         array = _mask_nodata(array)
     else:
         path, band = source if isinstance(source, tuple) else (source, None)
