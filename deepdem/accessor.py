@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import xarray as xr
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import pandas as pd
     import xbatcher
     from matplotlib.figure import Figure
@@ -87,6 +89,12 @@ class DeepDEMDatasetAccessor:
         from deepdem.plot import compare
 
         return compare(self._ds, refined, **options)
+
+    def report(self, refined: Any, path: Any, **options: Any) -> Path:
+        """Return the path of an HTML report; computes. See `deepdem.report.write_report`."""
+        from deepdem.report import write_report
+
+        return write_report(self._ds, refined, path, **options)
 
 
 @xr.register_dataarray_accessor("deepdem")

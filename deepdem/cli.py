@@ -12,6 +12,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     import pandas as pd
+    import xarray as xr
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -141,7 +142,7 @@ def refine(
 @app.command()
 def evaluate(
     store: Annotated[str, typer.Argument(help="The Zarr store with the scene.")],
-    surface: Annotated[Path, typer.Argument(help="The refined surface, a raster.")],
+    surface: Annotated[str, typer.Argument(help="The refined surface: a raster, or x.zarr.")],
     group: Annotated[str | None, typer.Option(help="The scene's name in the store.")] = None,
     truth: Annotated[str, typer.Option(help="The layer that is the truth.")] = "lidar_dsm",
     by: Annotated[str | None, typer.Option(help="Strata: slope, ndvi or canopy.")] = None,
@@ -150,8 +151,34 @@ def evaluate(
     import deepdem
 
     ds = deepdem.open_scene(store, group)
-    refined = deepdem.stack({"refined": surface}, like=ds)["refined"]
-    _print_table(ds.deepdem.evaluate(refined, truth=truth, by=by), f"Errors against {truth}, m")
+    table = ds.deepdem.evaluate(_surface(ds, surface), truth=truth, by=by)
+    _print_table(table, f"Errors against {truth}, m")
+
+
+def _surface(ds: xr.Dataset, path: str) -> xr.Dataset:
+    """Return the dataset with ``refined`` that a Zarr store or a raster holds."""
+    import deepdem
+
+    if path.rstrip("/").lower().endswith(".zarr"):
+        return deepdem.open_scene(path)
+    return deepdem.stack({"refined": path}, like=ds)
+
+
+@app.command()
+def report(
+    store: Annotated[str, typer.Argument(help="The Zarr store with the scene.")],
+    surface: Annotated[str, typer.Argument(help="The refined surface: a raster, or x.zarr.")],
+    out: Annotated[Path, typer.Argument(help="The HTML file to write.")],
+    group: Annotated[str | None, typer.Option(help="The scene's name in the store.")] = None,
+    truth: Annotated[str, typer.Option(help="The layer that is the truth.")] = "lidar_dsm",
+    title: Annotated[str | None, typer.Option(help="The heading.")] = None,
+) -> None:
+    """Write figure, statistics and provenance as one HTML file that needs no other."""
+    import deepdem
+
+    ds = deepdem.open_scene(store, group)
+    refined = _surface(ds, surface)
+    console.print(str(ds.deepdem.report(refined, out, truth=truth, title=title)))
 
 
 Like = Annotated[str | None, typer.Option(help="The grid: a scene, x.zarr, or a raster.")]

@@ -72,6 +72,7 @@ ROOMS = (
     "fetch",
     "evaluate",
     "plot",
+    "report",
     "demo",
     "accessor",
     "cli",
