@@ -244,15 +244,61 @@ def lidar(
     console.print(out)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(
+    context: typer.Context,
+    sweep: Annotated[
+        Path | None, typer.Option(help="A YAML file with a list of runs to compare.")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="The folder for models, logs, checkpoints and tables.")
+    ] = Path("deepdem-train"),
+    limit: Annotated[
+        float | None,
+        typer.Option(help="Minutes a training may take at most, with batches for a laptop."),
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="A run of the sweep to do now; may be repeated.")
+    ] = None,
+) -> None:
+    """Train as config files say, or a sweep of them, and compare.
+
+    Takes all that a LightningCLI takes: `deepdem train --config x.yaml --trainer.max_epochs 5
+    --model.encoder resnet34`. `deepdem train --print_config` prints all there is, with defaults;
+    `--model.help` and `--data.help` explain it. A training that was stopped goes on with
+    `--ckpt_path deepdem-train/checkpoints/last.ckpt`; a sweep by itself.
+    """
+    from deepdem import experiments
+
+    if sweep is None:
+        table = experiments.train(context.args, out, minutes=limit, tell=console.print)
+        if not table.empty:
+            _print_table(table, "Errors in the unseen part, metres")
+        return
+    if context.args:
+        raise ValueError(f"{context.args} are for one training: with --sweep, the file says all")
+    table = experiments.run_sweep(
+        experiments.read_sweep(sweep), out, minutes=limit, only=only or (), tell=console.print
+    )
+    _print_table(table[["initial MAE", "MAE", "RMSE", "NMAD", "bias"]].T, "Unseen region, metres")
+    console.print(f"{out}/comparison.csv, .md and .png")
+
+
 @app.command()
 def info(model: Annotated[str, typer.Argument(help="A saved model: path or URL.")]) -> None:
-    """Print what a saved model is: its layers, its scale, where it comes from."""
-    from dataclasses import asdict
+    """Print a saved model's card: what it sees, what it gives, where it comes from."""
+    from deepdem.modelfile import model_card, read_model
 
-    from deepdem.modelfile import read_model
-
-    for key, value in asdict(read_model(model).spec).items():
-        console.print(f"[bold]{key}[/bold]: {value}", highlight=False)
+    console.print(model, soft_wrap=True)
+    card = Table(show_header=False, pad_edge=False)
+    card.add_column(style="bold", no_wrap=True)
+    card.add_column(overflow="fold")
+    for section, entries in model_card(read_model(model)).items():
+        card.add_section()
+        card.add_row(f"[cyan]{section}[/cyan]", "")
+        for name, value in entries.items():
+            card.add_row(name, value)
+    console.print(card, highlight=False)
 
 
 def main() -> None:

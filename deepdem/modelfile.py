@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -20,9 +21,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from deepdem.models import OWN, ModelSpec, ResidualNet, build_network
+from deepdem.layers import describe
+from deepdem.models import INTERVALS, OWN, ModelSpec, ResidualNet, build_network
 
-__all__ = ["read_model", "serialise", "weights_hash", "write_model"]
+__all__ = ["model_card", "read_model", "serialise", "weights_hash", "write_model"]
 
 _FORMAT = 1
 _KEY = "deepdem"
@@ -243,3 +245,71 @@ def _check_types(values: Mapping[str, Any]) -> None:
                 f"options[{name!r}]={str(value)[:60]}: wanted numbers up to {_MOST_OPTION}, words, "
                 f"or up to {_MOST_OPTIONS} of them"
             )
+
+
+def model_card(net: ResidualNet) -> dict[str, dict[str, str]]:
+    """Return what a reader wants to know of a model: sections of names and values, in words."""
+    spec, told = net.spec, net.spec.training
+    width = spec.chip_size * spec.pixel_size
+    inputs = {}
+    for name in spec.layers:
+        layer = describe(name)
+        known = f", {spec.means[name]:.4g} ± {spec.stds[name]:.3g}" if name in spec.stds else ""
+        inputs[name] = f"{layer.long_name} [{layer.units}]{known}"
+    ground = "" if not math.isfinite(width) else f", {width:.3g} m of ground"
+    model = {
+        "gives": f"{describe(spec.target).long_name} ({spec.target}), metres"
+        + (", and a standard deviation" if spec.uncertainty else ""),
+        "network": spec.architecture
+        + (f", {spec.encoder}" if spec.architecture != "resdepth" else "")
+        + _pairs(spec.options, "; "),
+        "parameters": f"{sum(p.numel() for p in net.parameters()):,}",
+        "window": f"{spec.chip_size} px{ground}",
+        "pixel size": f"{spec.pixel_size:.4g} m",
+        "DSM scale": f"{spec.dsm_scale:.3f} m",
+        "hash": weights_hash(net),
+    }
+    return {"model": model, "sees": inputs, "training": _training(told),
+            "validation": _errors(spec)}  # fmt: skip
+
+
+def _training(told: Mapping[str, Any]) -> dict[str, str]:
+    recipe = {k: v for k, v in told.get("recipe", {}).items() if k != "augment"}
+    lines = {
+        "scenes": ", ".join(map(str, told.get("scenes", []))),
+        "imported from": str(told.get("imported", "")),
+        "started from": str(told.get("started_from", "")),
+        "length": ", ".join(
+            f"{told[k]} {k.replace('_', ' ')}" for k in ("epochs", "steps") if told.get(k)
+        ),
+        "batch size": str(told.get("batch_size") or ""),
+        "recipe": _pairs(recipe, ""),
+        "chips changed by": ", ".join(told.get("augment", [])) or ("nothing" if recipe else ""),
+        "versions": _pairs(told.get("versions", {}), ""),
+    }
+    return {name: line for name, line in lines.items() if line}
+
+
+def _errors(spec: ModelSpec) -> dict[str, str]:
+    told = spec.training
+    lines = {
+        name.removeprefix("val_"): f"{value:+.3f} m" if "bias" in name else f"{value:.3f} m"
+        for name, value in told.get("validation", {}).items()
+    }
+    if "bf16_rms_m" in told:
+        lines["bfloat16 changes"] = f"{told['bf16_rms_m']:.4f} m rms"
+    if "calibration" in told:
+        shares = told["calibration"]
+        lines["68 % interval"] = (
+            f"± {INTERVALS['68']:.3f} refined_std, held {shares['inside_68']:.1%}"
+        )
+        lines["95 % interval"] = (
+            f"± {INTERVALS['95']:.3f} refined_std, held {shares['inside_95']:.1%}"
+        )
+        lines["scales times"] = f"{spec.temperature:.3f}, fitted to the validation chips"
+    return lines or {"errors": "none noted"}
+
+
+def _pairs(values: Mapping[str, Any], lead: str) -> str:
+    text = ", ".join(f"{name} {value}" for name, value in values.items())
+    return lead + text if text else ""

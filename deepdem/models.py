@@ -26,6 +26,8 @@ from deepdem.layers import describe, truths
 __all__ = [
     "ARCHITECTURES",
     "CENTERINGS",
+    "INTERVALS",
+    "OWN",
     "ModelSpec",
     "ResidualNet",
     "build_network",
@@ -35,6 +37,10 @@ __all__ = [
 
 #: The architecture of a network that the user brings along; see `wrap_network`.
 OWN = "own"
+#: The half-width of the intervals that hold 68 % and 95 % of a Laplace distribution, in its
+#: standard deviations sqrt(2) b: -log(1 - share) / sqrt(2).
+INTERVALS = {name: -math.log(1 - share) / math.sqrt(2) for name, share in
+             (("68", 0.68), ("95", 0.95))}  # fmt: skip
 _MOST_LAYERS, _MOST_PX = 64, 8192
 
 #: What heights are relative to: the mean of the chip or window, or the scene's local level.

@@ -74,6 +74,7 @@ ROOMS = (
     "plot",
     "report",
     "demo",
+    "experiments",
     "accessor",
     "cli",
 )

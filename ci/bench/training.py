@@ -1,0 +1,194 @@
+"""Presets, calibration and what each choice of the recipe is worth (issue 5, last measures).
+
+Each training has the same number of steps on the same number of chips; its error is that of
+`refine` in a part of the scene that it has not seen. The scenes: the synthetic one, and one whose
+truth is real lidar (DEEPDEM_DATA) under simulated stereo.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from common import Result, data_folder, folder, options, report, table
+
+import deepdem
+
+LAYERS = ["dsm", "ortho_left", "ortho_right", "triangulation_error", "ndvi"]
+SHARE = 0.6  # of a scene's width is trained on
+HALVES = {"68": -math.log(0.32), "95": -math.log(0.05)}  # in scales b of a Laplace distribution
+
+#: What the ablation changes of the default preset.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "loss huber": {"loss": "huber"},
+    "loss l1_slope": {"loss": "l1_slope"},
+    "schedule constant": {"schedule": "constant"},
+    "optimizer adam, no decay": {"optimizer": "adam", "weight_decay": 0.0},
+    "learning rate 5e-4": {"learning_rate": 5e-4},
+    "learning rate 4e-3": {"learning_rate": 4e-3},
+    "average of weights, 0.99": {"ema": 0.99},
+    "the same, schedule constant": {"ema": 0.99, "schedule": "constant"},
+    "flips": {"augment": ("flip",)},
+    "flips, turns, swap": {"augment": ("flip", "rotate", "swap")},
+    "flips, turns, swap; TTA": {"augment": ("flip", "rotate", "swap"), "tta": True},
+    "TTA": {"tta": True},
+    "a predicted scale": {"uncertainty": True},
+    "preset deepdem2024": {"preset": "deepdem2024"},
+    "preset resdepth": {"preset": "resdepth"},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A scene in memory, cut in two, and how long its networks are trained."""
+
+    name: str
+    scene: xr.Dataset
+    chip_size: int
+    steps: int
+
+    @property
+    def edge(self) -> int:
+        return round(self.scene.sizes["x"] * SHARE)
+
+    @property
+    def unseen(self) -> xr.Dataset:
+        return self.scene.isel(x=slice(self.edge + self.chip_size, None))
+
+    def train(self, cache: Path, seed: int, augment: Any = None, **model: Any) -> deepdem.DeepDEM:
+        import pytorch_lightning as pl
+
+        words = "-".join(f"{k}={v}" for k, v in sorted({"augment": augment, **model}.items()))
+        path = cache / f"{self.name}-{self.steps}-{seed}-{words}.safetensors".replace(" ", "_")
+        if path.exists():
+            return deepdem.load_model(path)
+        pl.seed_everything(seed, verbose=False)
+        network = deepdem.DeepDEM(
+            LAYERS, architecture="resdepth", options={"start_kernel": 16, "depth": 3},
+            chip_size=self.chip_size, **model,
+        )  # fmt: skip
+        data = deepdem.ChipDataModule(
+            self.scene.isel(x=slice(0, self.edge)), chip_size=self.chip_size,
+            batch_size=8 * 64**2 // self.chip_size**2,
+            split="top 70 %", seed=seed, augment=augment,
+        )  # fmt: skip
+        trainer = pl.Trainer(
+            max_steps=self.steps, max_epochs=-1, accelerator="auto", devices=1, logger=False,
+            enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
+            num_sanity_val_steps=0, check_val_every_n_epoch=5,
+        )  # fmt: skip
+        trainer.fit(network, data)
+        network.save(path)
+        return network.eval()
+
+    def error(self, model: deepdem.DeepDEM, *, tta: bool = False) -> float:
+        ds = self.unseen
+        refined = ds.deepdem.refine(model, tta=tta).compute()
+        return float(np.abs(refined - ds.lidar_dsm).mean())
+
+    def initial(self) -> float:
+        return float(np.abs(self.unseen.dsm - self.unseen.lidar_dsm).mean())
+
+
+def cases(*, small: bool, steps: int, chip_size: int) -> list[Case]:
+    shape = (256, 320) if small else (512, 1024)
+    made = deepdem.synthetic_scene(shape, seed=0, chunks=512).deepdem.prepare().compute()
+    found = [Case("synthetic", made, chip_size, steps)]
+    data = data_folder()
+    if data is None:
+        print("no real data (DEEPDEM_DATA): the lidar scene is left out\n")
+        return found
+    lidar = deepdem.stack(
+        {n: data / "lidar_topography" / f"{f}.tif" for n, f in
+         (("lidar_dsm", "dsm_p95_filled"), ("lidar_dtm", "dtm"), ("shine", "intensity"))},
+        like="lidar_dsm",
+    )  # fmt: skip
+    lidar["shine"] = (lidar.shine * (0.45 / float(lidar.shine.quantile(0.98)))).clip(0, 1)
+    # 286 by 286 pixels: chips of 64 would leave no validation region.
+    scene = deepdem.simulate_stereo(lidar, albedo="shine").drop_vars(["shine", "lidar_dtm"])
+    return [*found, Case("lidar", scene.deepdem.prepare().compute(), 32, steps)]
+
+
+def presets(case: Case, cache: Path, seeds: int) -> Result:
+    """Default over deepdem2024, each the mean over seeds."""
+    means = {}
+    for preset in ("default", "deepdem2024"):
+        errors = [case.error(case.train(cache, seed, preset=preset)) for seed in range(seeds)]
+        means[preset] = statistics.mean(errors)
+        print(f"{case.name}, {preset}: {', '.join(f'{e:.3f}' for e in errors)} m", flush=True)
+    note = (
+        f"{means['default']:.3f} m / {means['deepdem2024']:.3f} m, initial {case.initial():.3f} m"
+    )
+    ratio = means["default"] / means["deepdem2024"]
+    return Result(
+        f"MAE: default / deepdem2024 ({case.name}, {seeds} seeds)", ratio, 0.85, note=note
+    )
+
+
+def calibration(case: Case, cache: Path) -> list[Result]:
+    """Shares of true errors inside what `refine(uncertainty=True)` says."""
+    model = case.train(cache, 0, uncertainty=True)
+    ds = case.unseen
+    both = ds.deepdem.refine(model, uncertainty=True).compute()
+    error = np.abs(both.refined - ds.lidar_dsm).values
+    known = np.isfinite(error)
+    # The standard deviation of a Laplace distribution is sqrt(2) b.
+    ratio = error[known] / both.refined_std.values[known] * math.sqrt(2)
+    noted = model.spec.training["calibration"]
+    print(f"{case.name}, on its validation chips: {noted}", flush=True)
+    results = []
+    for name, low, high in (("68", 0.63, 0.73), ("95", 0.92, 0.97)):
+        share = float((ratio <= HALVES[name]).mean())
+        for bar, at_least in ((low, True), (high, False)):
+            results.append(Result(f"inside the {name} % interval ({case.name})", share, bar,
+                                  at_least, note=f"{int(known.sum())} pixels"))  # fmt: skip
+    return results
+
+
+def ablation(case: Case, cache: Path, seeds: int) -> None:
+    """Print what each choice is worth: MAE over that of the default, the same seeds."""
+    rows, base = [], 0.0
+    for name, changes in VARIANTS.items():
+        how = dict(changes)
+        tta = how.pop("tta", False)
+        errors = [case.error(case.train(cache, s, **how), tta=tta) for s in range(seeds)]
+        mean = statistics.mean(errors)
+        base = base or mean
+        rows.append((name, f"{mean:.3f}", f"{mean / base:.3f}", f"{max(errors) - min(errors):.3f}"))
+        print("  ".join(rows[-1]), flush=True)
+    print(f"\n{case.name}: {case.steps} steps, {seeds} seeds, initial MAE {case.initial():.3f} m")
+    table(("recipe", "MAE (m)", "over default", "spread over seeds (m)"), rows)
+
+
+def main() -> None:
+    args = options(
+        __doc__,
+        steps={"type": int, "default": None, "help": "training steps; default 500"},
+        seeds={"type": int, "default": 3, "help": "trainings of each preset"},
+        chip={"type": int, "default": 64, "help": "chip size"},
+        only={"default": "presets,calibration", "help": "of presets, calibration, ablation"},
+    )
+    small, wanted = args.size == "small", args.only.split(",")
+    steps = args.steps or (4 if small else 500)
+    seeds = 1 if small else args.seeds
+    results = []
+    with folder(args) as cache:
+        for case in cases(small=small, steps=steps, chip_size=32 if small else args.chip):
+            if "presets" in wanted:
+                results.append(presets(case, cache, seeds))
+            if "calibration" in wanted:
+                results += calibration(case, cache)
+            if "ablation" in wanted:
+                ablation(case, cache, seeds)
+    if results:
+        report(results)
+
+
+if __name__ == "__main__":
+    main()
