@@ -13,7 +13,16 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["LOSSES", "PRESETS", "Recipe", "averaged", "fit_temperature", "recipe_of", "warm_cosine"]
+__all__ = [
+    "LOSSES",
+    "PRESETS",
+    "SCALE_LOSSES",
+    "Recipe",
+    "averaged",
+    "fit_temperature",
+    "recipe_of",
+    "warm_cosine",
+]
 
 #: Takes the error (n, y, x) in units of the DSM scale, 0 where it is not usable; where it is
 #: (bool); and the predicted Laplace scale in the same units, or None. Gives one number.
@@ -55,11 +64,26 @@ def _laplace(error: Tensor, usable: Tensor, scale: Tensor | None) -> Tensor:
     return _mean(error.abs() / scale + torch.log(2 * scale), usable)
 
 
+def _beta_laplace(error: Tensor, usable: Tensor, scale: Tensor | None) -> Tensor:
+    assert scale is not None
+    # The weight takes the 1 / b out of the error's gradient, which is then that of L1; the
+    # scale's stays zero at b = abs(e).
+    weight = scale.detach()
+    return _mean(weight * (error.abs() / scale + torch.log(2 * scale)), usable)
+
+
 #: Losses by name. A pixel without DSM or truth, or a chip of them, counts as nothing.
 #: "l1_slope" adds the error of the slopes, along both axes, to the error of the heights (Hu et
 #: al., 2019, equation 5, without their logarithm). "laplace" is the negative log-likelihood of a
 #: Laplace distribution, abs(e) / b + log 2b (Kendall and Gal, 2017, equation 8, for the L1 norm).
-LOSSES: dict[str, Loss] = {"l1": _l1, "huber": _huber, "l1_slope": _l1_slope, "laplace": _laplace}
+#: "beta_laplace" weights it by the predicted b, so that pixels with large errors are learned as
+#: fast as the others (Seitzer et al., 2022, equation 4, with beta = 1).
+LOSSES: dict[str, Loss] = {
+    "l1": _l1, "huber": _huber, "l1_slope": _l1_slope, "laplace": _laplace,
+    "beta_laplace": _beta_laplace,
+}  # fmt: skip
+#: Those that train a predicted scale, the default first.
+SCALE_LOSSES = ("beta_laplace", "laplace")
 
 
 # --- recipes -------------------------------------------------------------------------------------

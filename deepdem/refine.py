@@ -117,7 +117,10 @@ def refine(
         light and parallax only.
     uncertainty
         Whether the standard deviation is given too. It is that of a mixture of all that the
-        model offers: its own predicted scale, the members of an ensemble, the symmetries.
+        model offers: its own predicted scale, the members of an ensemble, the symmetries. Errors
+        have heavier tails than a normal distribution's: of a Laplace distribution, with which a
+        model that predicts its scale was calibrated, ``refined`` ± 0.81 ``refined_std`` holds 68 %
+        and ± 2.12 ``refined_std`` 95 % (the factors are in the attributes).
     fill_voids
         Whether the model also predicts where the initial DSM is void but the images are there,
         from heights interpolated within each window. Filled pixels are marked.
@@ -373,11 +376,18 @@ def _provenance(ds: xr.Dataset, specs: Sequence[Any], how: Any, windows: Windows
 def _result(
     ds: xr.Dataset, data: da.Array, job: Job, attrs: dict[str, Any], hashes: da.Array
 ) -> xr.DataArray | xr.Dataset:
+    from deepdem.models import INTERVALS
+
+    intervals = {name: round(half, 4) for name, half in INTERVALS.items()}
     coords = {n: ds.coords[n] for n in ("y", "x", "spatial_ref") if n in ds.coords}
     target = describe(attrs["deepdem_target"]).long_name
-    words = {
+    words: dict[str, dict[str, Any]] = {
         "refined": {"long_name": f"refined surface ({target} estimated)", "units": "m"},
-        "refined_std": {"long_name": "standard deviation of the refined surface", "units": "m"},
+        "refined_std": {
+            "long_name": "standard deviation of the refined surface",
+            "units": "m",
+            **{f"half_width_of_{k}_percent_interval": v for k, v in intervals.items()},
+        },
         "filled": {"long_name": "void of the initial DSM, filled", "units": "1"},
     }
     planes = {}

@@ -20,7 +20,7 @@ from deepdem.data import Batch, Statistics
 from deepdem.modelfile import read_model, write_model
 from deepdem.models import OWN, ModelSpec, ResidualNet, build_network, for_inference
 from deepdem.monitor import ErrorStatistics, picture
-from deepdem.recipes import LOSSES, averaged, fit_temperature, recipe_of, warm_cosine
+from deepdem.recipes import LOSSES, SCALE_LOSSES, averaged, fit_temperature, recipe_of, warm_cosine
 
 __all__ = ["DeepDEM", "load_model", "model_of"]
 
@@ -60,9 +60,9 @@ class DeepDEM(pl.LightningModule):
         Metres; None: computed from the training scenes when training starts.
     uncertainty
         Whether the network also predicts the scale b of a Laplace distribution of its error. It
-        is then trained with ``loss="laplace"``. When training ends, one factor for all scales is
-        fitted to the validation chips, and the shares of errors inside the 68 % and the 95 %
-        interval are noted in ``spec.training``.
+        is then trained with ``loss="beta_laplace"``, or with ``"laplace"`` if that is asked for.
+        When training ends, one factor for all scales is fitted to the validation chips, and the
+        shares of errors inside the 68 % and the 95 % interval are noted in ``spec.training``.
     weights
         A model file to start from: its weights, DSM scale and statistics, which are then kept.
     frozen_encoder
@@ -326,10 +326,12 @@ class DeepDEM(pl.LightningModule):
         residual, scale = self.net.moments(x)
         return torch.where(usable, residual - torch.nan_to_num(wanted), 0.0), usable, scale
 
-    def _loss(self, error: Tensor, usable: Tensor, scale: Tensor | None) -> Tensor:
+    def _loss(
+        self, error: Tensor, usable: Tensor, scale: Tensor | None, name: str | None = None
+    ) -> Tensor:
         unit = self.spec.dsm_scale
         scaled = None if scale is None else scale / unit
-        return LOSSES[self.recipe.loss](error / unit, usable, scaled)
+        return LOSSES[name or self.recipe.loss](error / unit, usable, scaled)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the masked loss; a batch without a valid pixel gives zero, never NaN."""
@@ -347,7 +349,9 @@ class DeepDEM(pl.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Collect the errors in metres, and keep the first chip to be shown."""
         error, usable, scale = self._error(batch)
-        self._seen.add(error, usable, scale, float(self._loss(error, usable, scale)))
+        # The weights of "beta_laplace" are the network's own: it could lower them by being sure.
+        loss = "laplace" if scale is not None else self.recipe.loss
+        self._seen.add(error, usable, scale, float(self._loss(error, usable, scale, loss)))
         if batch_idx == 0:
             dsm = batch["layers"][0, self.spec.layers.index("dsm")]
             truth = batch["target"][0]
@@ -448,13 +452,14 @@ class DeepDEM(pl.LightningModule):
 
 def _loss_of(loss: str | None, uncertainty: bool) -> str | None:
     """Return the loss that is meant: a predicted scale has its own, and it needs the scale."""
-    if uncertainty and loss not in (None, "laplace"):
+    if uncertainty and loss not in (None, *SCALE_LOSSES):
         raise ValueError(
-            f"loss={loss!r} does not train a predicted scale: leave it out, or uncertainty=False"
+            f"loss={loss!r} does not train a predicted scale: pass one of {list(SCALE_LOSSES)}, "
+            "or uncertainty=False"
         )
-    if loss == "laplace" and not uncertainty:
-        raise ValueError("loss='laplace' needs a predicted scale: pass uncertainty=True")
-    return "laplace" if uncertainty else loss
+    if loss in SCALE_LOSSES and not uncertainty:
+        raise ValueError(f"loss={loss!r} needs a predicted scale: pass uncertainty=True")
+    return loss or (SCALE_LOSSES[0] if uncertainty else None)
 
 
 def _everyones(seen: ErrorStatistics) -> ErrorStatistics:

@@ -63,7 +63,7 @@ def test_the_demo_on_rasters_and_the_commands_on_what_it_leaves(tmp_path):
 
     model, store = str(out / "model.safetensors"), str(out / "scene.zarr")
     shown = run.invoke(app, ["info", model], catch_exceptions=False).output
-    assert "dsm_scale" in shown
+    assert "DSM scale" in shown
     assert "triangulation_error" in shown
     whole = str(tmp_path / "whole.tif")
     arguments = ["refine", store, model, whole, "--group", "scene"]

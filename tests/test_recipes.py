@@ -21,6 +21,17 @@ def test_losses_grow_with_the_error(name):
     assert losses[0] == pytest.approx(0, abs=1e-6)  # of the Laplace's, log(2 * 0.5) is left
 
 
+def test_the_weighted_laplace_loss_has_the_gradient_of_l1():
+    error = torch.tensor([[[0.2, -3.0]]], requires_grad=True)
+    scale = torch.tensor([[[0.1, 3.0]]], requires_grad=True)
+    usable = torch.ones(1, 1, 2, dtype=torch.bool)
+    LOSSES["beta_laplace"](error, usable, scale).backward()
+    torch.testing.assert_close(error.grad, torch.tensor([[[0.5, -0.5]]]))
+    # The scale is drawn to the error: too small in the first pixel, right in the second.
+    assert scale.grad[0, 0, 0] < 0
+    assert scale.grad[0, 0, 1] == pytest.approx(0, abs=1e-6)
+
+
 @pytest.mark.parametrize("name", sorted(LOSSES))
 def test_what_is_not_usable_counts_as_nothing(name):
     """A loss over a chip and an empty one is that of the chip; of nothing it is 0, as is its

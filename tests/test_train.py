@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import warnings
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -149,6 +153,9 @@ def test_a_predicted_scale_knows_where_the_errors_are(scene):
     both = unseen.deepdem.refine(model.eval(), uncertainty=True).compute()
     error = abs(both.refined - unseen.lidar_dsm).values.ravel()
     std = both.refined_std.values.ravel()
+    # Of a Laplace distribution 68 % are within -log(0.32) b, and its deviation is sqrt(2) b.
+    half = both.refined_std.attrs["half_width_of_68_percent_interval"]
+    assert half == pytest.approx(-np.log(0.32) / np.sqrt(2), abs=1e-3)
     known = np.isfinite(error)
     assert (std[known] > 0).all()
     sure = std[known] < np.median(std[known])
@@ -278,6 +285,48 @@ def test_a_calibrated_scale_says_what_it_holds(scene, tmp_path):
     for wrong in ({"uncertainty": True, "loss": "l1"}, {"loss": "laplace"}):
         with pytest.raises(ValueError, match="predicted scale"):
             _model(**wrong)
+
+
+_DISTRIBUTED = """
+import sys, warnings
+import pytorch_lightning as pl, torch
+import deepdem
+
+warnings.simplefilter("ignore")
+if __name__ == "__main__":
+    scene = deepdem.synthetic_scene((160, 200), seed=1).deepdem.prepare().compute()
+    torch.manual_seed(0)
+    model = deepdem.DeepDEM(
+        ["dsm", "ortho_left"], architecture="resdepth", options={"start_kernel": 4, "depth": 2},
+        chip_size=32, uncertainty=True, ema=0.5,
+    )
+    data = deepdem.ChipDataModule(scene, chip_size=32, batch_size=4, split="left 50 %")
+    trainer = pl.Trainer(
+        max_epochs=1, accelerator="cpu", devices=2, strategy="ddp", logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )
+    trainer.fit(model, data)
+    weights = sum(float(p.double().sum()) for p in model.parameters())
+    seen = model.spec.training["validation"]["val_NMAD"], model.spec.temperature, weights
+    with open(f"{sys.argv[1]}/{trainer.global_rank}", "w") as file:
+        print(*seen, file=file)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(tmp_path):
+    """Distributed: both end with the same weights, validation statistics and calibration."""
+    script = tmp_path / "train.py"
+    script.write_text(_DISTRIBUTED)
+    run = subprocess.run(  # noqa: S603  # our own words
+        [sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, check=False,
+        cwd=Path(__file__).parents[1], env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+        timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    one, other = ((tmp_path / str(rank)).read_text() for rank in (0, 1))
+    assert one == other
+    assert len(one.split()) == 3
 
 
 def test_loggers_get_metres_and_a_picture(scene, tmp_path):
