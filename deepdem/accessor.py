@@ -58,6 +58,15 @@ class DeepDEMDatasetAccessor:
 
         return dsm_scale(self._ds, **options)
 
+    def coregister(self, **options: Any) -> xr.Dataset:
+        """Return the scene moved onto a reference; see `deepdem.coregister.coregister`.
+
+        Reads a sample of the scene at once to estimate the shift; the layers are moved lazily.
+        """
+        from deepdem.coregister import coregister
+
+        return coregister(self._ds, **options)
+
     def refine(self, model: Any, **options: Any) -> xr.DataArray | xr.Dataset:
         """Return the refined surface; see `deepdem.refine.refine`."""
         from deepdem.refine import refine

@@ -70,6 +70,7 @@ ROOMS = (
     "write",
     "cog",
     "fetch",
+    "coregister",
     "evaluate",
     "plot",
     "report",
