@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from deepdem import accessor as _accessor  # noqa: F401  # registers Dataset.deepdem and DataArray.deepdem
 
 if TYPE_CHECKING:
+    from deepdem.builder import build
     from deepdem.data import ChipDataModule
     from deepdem.legacy import import_checkpoint
     from deepdem.runs import open_asp, open_deepdem
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 _HOME = {
     "ChipDataModule": "deepdem.data",
     "DeepDEM": "deepdem.train",
+    "build": "deepdem.builder",
     "find_collections": "deepdem.sources.lidar",
     "grid_points": "deepdem.sources.lidar",
     "import_checkpoint": "deepdem.legacy",
@@ -44,6 +46,7 @@ __all__ = [
     "ChipDataModule",
     "DeepDEM",
     "__version__",
+    "build",
     "find_collections",
     "grid_points",
     "import_checkpoint",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -40,6 +41,44 @@ def _print_table(table: pd.DataFrame, title: str) -> None:
             cells = [f"{v:,.0f}" if whole else f"{v:.3f}" for v in part[column]]
             shown.add_row(str(column), *cells)
         console.print(shown)
+
+
+def _print_scenes(report: Any) -> None:
+    """Print each scene's grid and statistics, and at the end what failed."""
+    for scene in report.scenes:
+        if scene.grid is None:
+            continue
+        grid, found = scene.grid, scene.statistics or {}
+        valid = found.get("valid")
+        heading = (
+            f"{scene.name}: {grid['rows']} x {grid['columns']} pixels of {grid['pixel_size']:g}, "
+            f"{grid['pixel_size_m']:.4g} m, {grid['crs']}, "
+            f"x {grid['left']:.10g} to {grid['right']:.10g}, "
+            f"y {grid['bottom']:.10g} to {grid['top']:.10g}"
+            + ("" if valid is None else f", {valid:.1%} valid")
+        )
+        shown = Table(title=escape(heading), title_justify="left")
+        shown.add_column("")
+        for head in ("share", "mean", "std", "p5", "p50", "p95"):
+            shown.add_column(head, justify="right")
+        for layer, values in found.get("layers", {}).items():
+            ranks = values.get("percentiles", {})
+            numbers = [values.get("mean"), values.get("std"), *(ranks.get(p) for p in _RANKS)]
+            cells = ["" if v is None else f"{v:.5g}" for v in numbers]
+            shown.add_row(escape(layer), f"{values['share']:.1%}", *cells)
+        console.print(shown)
+        scales = ", ".join(f"{k} px {v:.3g} m" for k, v in found.get("dsm_scale", {}).items())
+        if scales:
+            console.print(f"DSM scale: {scales}", highlight=False)
+        for warning in scene.warnings:
+            console.print(f"[yellow]Warning:[/yellow] {escape(warning)}", highlight=False)
+    for name, reason in report.failed.items():
+        console.print(f"[red]Failed:[/red] {escape(name)}: {escape(reason)}", highlight=False)
+    if report.failed:
+        console.print(f"{len(report.failed)} of {len(report.scenes)} scenes failed")
+
+
+_RANKS = ("5", "50", "95")
 
 
 def _clock_bar(minutes: float) -> Any:
@@ -102,6 +141,31 @@ def demo(
     _print_table(table, f"Errors against {target} in the unseen region, metres")
     before, after = (float(table["MAE"].iloc[i]) for i in (0, 1))
     console.print(f"MAE {before:.2f} m before, {after:.2f} m after: {1 - after / before:.0%} less")
+
+
+@app.command()
+def build(
+    config: Annotated[Path, typer.Argument(help="A YAML that lists scenes and their layers.")],
+    store: Annotated[str, typer.Argument(help="The Zarr store: a path or URL.")],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Build anew what was built of other inputs.")
+    ] = False,
+    workers: Annotated[int | None, typer.Option(help="Threads; default: one a core.")] = None,
+) -> None:
+    """Stack and prepare many scenes into one Zarr store; goes on where it stopped."""
+    import dask
+
+    import deepdem
+
+    def tell(scene: Any) -> None:
+        colour = "red" if scene.status == "failed" else "green"
+        console.print(f"[{colour}]{scene.status:>6}[/{colour}] {escape(scene.name)}")
+
+    with dask.config.set({"num_workers": workers} if workers else {}):
+        report = deepdem.build(config, store, overwrite=overwrite, tell=tell)
+    _print_scenes(report)
+    if report.failed:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -18,6 +18,7 @@ from dask.base import tokenize
 from deepdem.blocks import read_again
 from deepdem.clahe import Clahe, equalise_array
 from deepdem.layers import describe, truths
+from deepdem.provenance import noted
 from deepdem.terrain import slope
 
 __all__ = [
@@ -499,21 +500,31 @@ def prepare(
             )  # fmt: skip
             layers[name] = layer.copy(data=inside.data)
     layers |= _clipped(layers, error_max_m, fill=fill_error)
-    layers |= _added(layers, [add] if isinstance(add, str) else list(add))
+    asked = [add] if isinstance(add, str) else list(add)
+    layers |= _added(layers, asked)
     if "ndvi" not in layers and {"red", "nir"} <= layers.keys():
         layers["ndvi"] = ndvi(layers["red"], layers["nir"])
-    valid = valid_mask(layers, _needed(layers, needs))
+    needed = _needed(layers, needs)
+    valid = valid_mask(layers, needed)
     if isinstance(valid.data, da.Array):
         again = read_again(
             valid.data, seed=f"deepdem-valid-{tokenize(valid.data)}", until_settled=True
         )
         valid = valid.copy(data=again)
     options = equalise_orthos if isinstance(equalise_orthos, Mapping) else {}
+    new = {*layers, "valid"} - set(ds.data_vars)
     for name, layer in layers.items():
         image = describe(name).role == "image" and "equalised" not in layer.attrs
         if image and equalise_orthos is not False:
             layers[name] = equalise(layer, **options)
-    return ds.assign({**layers, "valid": valid})
+            new.add(name)
+    out = ds.assign({**layers, "valid": valid})
+    if not new and error_max_m is None:
+        return out
+    return noted(
+        out, "prepare", valid_of=[n for n in needed if n != "valid"], add=asked,
+        equalise_orthos=equalise_orthos, error_max_m=error_max_m, fill_error=fill_error,
+    )  # fmt: skip
 
 
 def _clipped(

@@ -23,6 +23,7 @@ from deepdem.grid import (
     regrid,
 )
 from deepdem.layers import describe
+from deepdem.provenance import noted
 from deepdem.sources.raster import RasterSource, geobox_of, open_layer
 from deepdem.vertical import (
     Vertical,
@@ -147,7 +148,11 @@ def stack(
     ds = _dataset(arrays)
     if _proj(grid).is_geographic:
         ds.attrs["pixel_size_m"] = pixel_size_m(grid)
-    return ds
+    return noted(
+        ds, "stack", layers={name: array.attrs.get("source") for name, array in opened.items()},
+        like=like if isinstance(like, str | None) else type(like).__name__, bounds=bounds,
+        resampling=methods, vertical_crs=vertical_crs,
+    )  # fmt: skip
 
 
 def _proj(grid: GeoBox) -> pyproj.CRS:

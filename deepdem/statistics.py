@@ -43,6 +43,7 @@ PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 # mantissa, so that a bin is at most 1/2048 of the value wide, and any range of values fits.
 _KEY_BITS = 20
 _DROP, _SIGN = np.uint32(32 - _KEY_BITS), np.uint32(0x80000000)
+_TINY = 1e-30
 _CELL_PX = 64
 _TILE = 4  # a task merges the summaries of so many by so many chunks
 
@@ -330,7 +331,10 @@ class _Report:
 
 def _digits(value: float) -> float | None:
     """Return the value to six digits, which is what any chunks agree on; None for no value."""
-    return float(f"{value:.6g}") if math.isfinite(value) else None
+    if not math.isfinite(value):
+        return None
+    # The bin that begins at zero ends at the least number that a float32 can be.
+    return float(f"{value:.6g}") if abs(value) > _TINY else 0.0
 
 
 # --- Dask and xarray: no arithmetic on pixels ----------------------------------------------------

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import dask
 import dask.base
-import numpy as np
 import xarray as xr
 import zarr
 from zarr.codecs import BloscCodec
@@ -19,6 +16,7 @@ from zarr.errors import ZarrUserWarning
 from deepdem.blocks import settle
 from deepdem.grid import pixel_size_m
 from deepdem.layers import LAYERS
+from deepdem.provenance import json_safe
 from deepdem.scene import check_scene
 from deepdem.statistics import STATISTICS, plan_statistics
 
@@ -125,9 +123,9 @@ def as_stored(
             "compressors": (BloscCodec(cname="zstd", clevel=1, shuffle="shuffle"),),
             "grid_mapping": "spatial_ref",
         }
-        out[name].attrs = {**_json_safe(layer.attrs), "_CRS": {"wkt": crs.to_wkt()}}
+        out[name].attrs = {**json_safe(layer.attrs), "_CRS": {"wkt": crs.to_wkt()}}
         out[name].attrs.pop("grid_mapping", None)
-    out.attrs = {**_json_safe(ds.attrs), COMPLETE: False}
+    out.attrs = {**json_safe(ds.attrs), COMPLETE: False}
     return out, encoding
 
 
@@ -152,17 +150,6 @@ def is_complete(store: Any, group: str | None) -> bool | None:
         return None
     # A group without the mark is either another program's or only a parent of scenes.
     return bool(attrs[COMPLETE]) if COMPLETE in attrs else None
-
-
-def _json_safe(attrs: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return attrs that Zarr can store: NumPy scalars and arrays as Python's, the rest as text."""
-    return {str(k): json.loads(json.dumps(v, default=_plain)) for k, v in attrs.items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.generic | np.ndarray):
-        return value.tolist()
-    return str(value)
 
 
 def open_scene(store: Any, group: str | None = None, *, chunks: Any = "auto") -> xr.Dataset:

@@ -29,6 +29,7 @@ from deepdem.derive import (
     prepare,
     valid_mask,
 )
+from deepdem.provenance import PROVENANCE
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 
@@ -187,7 +188,9 @@ def test_attrs_crs_and_encoding_survive() -> None:
     ds["ortho_left"].encoding |= {"dtype": "uint16", "scale_factor": 2.0, "chunks": (8, 8)}
     out = prepare(ds)
     assert out.rio.crs.to_epsg() == 32631
-    assert out.attrs == ds.attrs
+    assert {k: v for k, v in out.attrs.items() if k != PROVENANCE} == ds.attrs
+    assert out.attrs[PROVENANCE]["prepare"]["valid_of"][0] == "ortho_left"
+    json.dumps(out.attrs)
     for name in ("ortho_left", "ndvi", "valid"):
         assert out[name].rio.crs.to_epsg() == 32631
         assert out[name].rio.grid_mapping == "spatial_ref"

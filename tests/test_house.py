@@ -27,6 +27,7 @@ PACKAGE = ROOT / "deepdem"
 #: The flow. A module imports from those before it only.
 ROOMS = (
     "layers",
+    "provenance",
     "windows",
     "blocks",
     "vertical",
@@ -54,6 +55,7 @@ ROOMS = (
     "scene",
     "runs",
     "store",
+    "config",
     "sources/simulated",
     "chips",
     "models",
@@ -67,6 +69,7 @@ ROOMS = (
     "predict",
     "refine",
     "_run",
+    "builder",
     "write",
     "cog",
     "fetch",
