@@ -87,6 +87,12 @@ class DeepDEMDatasetAccessor:
         check_scene(self._ds, [layer])
         return hillshade(self._ds[layer], **options)
 
+    def summary(self) -> Any:
+        """Return a description with pictures; computes few pixels. See `deepdem.summary`."""
+        from deepdem.summary import summary
+
+        return summary(self._ds)
+
     def plot(self, **options: Any) -> Figure:
         """Return an overview figure; computes what is shown. See `deepdem.plot.plot`."""
         from deepdem.plot import plot

@@ -412,7 +412,10 @@ def stored_statistics(ds: xr.Dataset) -> dict[str, Any] | None:
     that they were made of. Layers that were replaced since are not noticed.
     """
     found = ds.attrs.get(STATISTICS)
-    if not isinstance(found, dict) or "layers" not in found:
+    if not isinstance(found, dict):
         return None
-    grid = _grid(ds)
-    return found if all(found.get(key) == value for key, value in grid.items()) else None
+    layers = found.get("layers")
+    if not isinstance(layers, dict) or not all(isinstance(v, dict) for v in layers.values()):
+        return None
+    same = all(found.get(key) == value for key, value in _grid(ds).items())
+    return found if same else None

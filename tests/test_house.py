@@ -76,6 +76,7 @@ ROOMS = (
     "coregister",
     "evaluate",
     "plot",
+    "summary",
     "report",
     "demo",
     "experiments",

@@ -144,10 +144,12 @@ def ours(rasters: Path, out: Path) -> None:
 
     import deepdem
 
+    layers = {name: str(rasters / f"{name}.tif") for name in _RAW}
+    config = {"stack": {"like": "ortho_left"}, "scenes": {"bench": {"layers": layers}}}
     with dask.config.set(scheduler="threads", num_workers=CORES):
-        layers = {name: rasters / f"{name}.tif" for name in _RAW}
-        scene = deepdem.stack(layers, like="ortho_left").deepdem.prepare()
-        scene.deepdem.to_zarr(out / "scenes.zarr", group="bench")
+        report = deepdem.build(config, out / "scenes.zarr")
+    if report.failed:
+        raise RuntimeError(report.failed)
 
 
 # --- the measures --------------------------------------------------------------------------------
