@@ -361,7 +361,7 @@ def info(model: Annotated[str, typer.Argument(help="A saved model: path or URL."
         card.add_section()
         card.add_row(f"[cyan]{section}[/cyan]", "")
         for name, value in entries.items():
-            card.add_row(name, value)
+            card.add_row(name, escape(value))
     console.print(card, highlight=False)
 
 

@@ -120,7 +120,8 @@ class TrainingCLI(LightningCLI):
             warnings.filterwarnings("ignore", "LightningCLI's args parameter")
             super().__init__(
                 DeepDEM, SceneData, args=args, run=False, seed_everything_default=0,
-                save_config_kwargs={"overwrite": True},
+                save_config_kwargs={"overwrite": True}, auto_configure_optimizers=False,
+                parser_kwargs={"prog": "deepdem train"},
             )  # fmt: skip
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

@@ -79,7 +79,7 @@ def test_training_from_a_config_file(store, tmp_path):
 
     card = run.invoke(app, ["info", str(out / "model.safetensors")], catch_exceptions=False).output
     for word in ("initial stereo digital surface", "resdepth", "32 px, 32 m of ground", "bias",
-                 "adam", "3 epochs", "parameters", "safetensors"):  # fmt: skip
+                 "adam", "3 epochs", "parameters", "safetensors", "[m]"):  # fmt: skip
         assert word in card, card
 
 
