@@ -7,6 +7,7 @@ that is done is not done again, and one that was stopped goes on from its last c
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import json
@@ -173,7 +174,8 @@ def train(
     import pandas as pd
 
     out.mkdir(parents=True, exist_ok=True)
-    cli = TrainingCLI(args, out)
+    # jsonargparse writes into what it is given.
+    cli = TrainingCLI(copy.deepcopy(args), out)
     if minutes is not None:
         _limit(cli, minutes)
     began = time.monotonic()

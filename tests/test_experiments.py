@@ -35,6 +35,9 @@ trainer:
   accelerator: cpu
   enable_progress_bar: false
   enable_model_summary: false
+  callbacks:
+    - class_path: pytorch_lightning.callbacks.EarlyStopping
+      init_args: {monitor: val_loss, patience: 75, check_on_train_epoch_end: false}
 """
 
 
