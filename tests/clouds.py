@@ -58,30 +58,40 @@ def write_las(
 
 
 def write_ept(
-    folder: Path, points: dict[str, Any], *, kind: str = "laszip", srs: dict[str, str] | None = None
-) -> Path:
-    """Write a tree of three levels; the third is in hierarchy files of its own."""
+    folder: Path, points: dict[str, Any], *, kind: str = "laszip",
+    srs: dict[str, str] | None = None, levels: int = 3,
+) -> Path:  # fmt: skip
+    """Write a tree; from the third level on the hierarchy is in files of the third's nodes."""
     (folder / "ept-data").mkdir(parents=True)
     (folder / "ept-hierarchy").mkdir()
     low = np.array([np.floor(points[a].min()) for a in "xyz"])
     side = float(np.ceil(max(points[a].max() - low[n] for n, a in enumerate("xyz")) + 1))
-    level = np.searchsorted([0.2, 0.5], np.random.default_rng(1).random(len(points["x"])))
+    # Four times as many on each level as on the one above: a surface, not a volume.
+    shares = np.cumsum(4.0 ** np.arange(levels))
+    level = np.searchsorted(shares / shares[-1], np.random.default_rng(1).random(len(points["x"])))
     xyz = np.stack([points[a] for a in "xyz"])
-    cell = np.floor((xyz - low[:, None]) / side * 2**level).astype(int)
-    names = np.array([f"{n}-{a}-{b}-{c}" for n, (a, b, c) in zip(level, cell.T, strict=True)])
+
+    def names_of(level: np.ndarray) -> np.ndarray:
+        cell = np.floor((xyz - low[:, None]) / side * 2.0**level).astype(int)
+        return np.array([f"{n}-{a}-{b}-{c}" for n, a, b, c in zip(level, *cell, strict=True)])
+
+    for n in range(levels - 1, 0, -1):  # no node without a parent
+        above = names_of(np.minimum(level, n - 1))
+        level[(level == n) & ~np.isin(above, above[level == n - 1])] = n - 1
+    names = names_of(level)
     pages: dict[str, dict[str, int]] = {"0-0-0-0": {}}
-    for name in np.unique(names):
-        mine = {key: values[names == name] for key, values in points.items()}
-        n = int(name[0])
+    order = np.argsort(names, kind="stable")
+    found, starts = np.unique(names[order], return_index=True)
+    for name, mine in zip(found, np.split(order, starts[1:]), strict=True):
+        n, *at = map(int, name.split("-"))
         page = pages["0-0-0-0"]
-        if n == 2:
-            page[name] = -1
-            page = pages.setdefault(name, {})
-        page[name] = len(mine["x"])
-        ending, data = _node(mine, kind, low)
+        if n >= 2:
+            top = "-".join(map(str, (2, *(a >> (n - 2) for a in at))))
+            page[top] = -1
+            page = pages.setdefault(top, {})
+        page[name] = len(mine)
+        ending, data = _node({key: values[mine] for key, values in points.items()}, kind, low)
         (folder / "ept-data" / f"{name}.{ending}").write_bytes(data)
-    # A parent without points of its own would cut its children off.
-    assert all(name in pages["0-0-0-0"] for name in np.unique(names[level == 1]))
     for name, page in pages.items():
         (folder / "ept-hierarchy" / f"{name}.json").write_text(json.dumps(page))
     about = {
