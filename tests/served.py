@@ -44,7 +44,7 @@ def served(folder: Path) -> Iterator[Served]:
             self.answer(body=True)
 
         def answer(self, *, body: bool) -> None:
-            path = folder / self.path.lstrip("/")
+            path = folder / self.path.lstrip("/").partition("?")[0]
             with lock:
                 failing = body and state.failures > 0
                 state.failures -= failing

@@ -477,6 +477,11 @@ def test_words_that_are_not_known(cloud, tmp_path):
     (tmp_path / "a.laz").write_text("text")
     with pytest.raises(ValueError, match=r"a.laz is no LAS or LAZ file"):
         grid_points(tmp_path / "a.laz", GRID)
+    whole = cloud[0].read_bytes()
+    for length in (100, len(whole) // 2):
+        (tmp_path / "a.laz").write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"a.laz is damaged or cut off"):
+            grid_points(tmp_path / "a.laz", GRID).compute()
     with pytest.raises(ValueError, match="source= is empty"):
         grid_points([], GRID)
 
@@ -545,6 +550,7 @@ def test_a_server_that_fails_is_asked_again(cloud, tmp_path, monkeypatch):
     monkeypatch.setattr("deepdem.sources._bytes._WAIT_S", 0.001)
     write_ept(tmp_path / "tree", points)
     write_las(tmp_path / "a.laz", points)
+    write_ept(tmp_path / "tree2", points)
     wanted = grid_points(path, GRID).compute()
     with served(tmp_path) as server:
         lazy = grid_points(f"{server.url}/tree/ept.json", GRID)
@@ -557,6 +563,13 @@ def test_a_server_that_fails_is_asked_again(cloud, tmp_path, monkeypatch):
         with pytest.raises(OSError, match=r"after 4 attempts: try later, or download it"):
             grid_points(f"{server.url}/tree/ept.json", GRID)
         server.failures = 0
+        # Options and signatures go with every request, and are not written down.
+        signed = grid_points(
+            f"{server.url}/tree2/ept.json?sig=secret", GRID, storage_options={"headers": {"a": "b"}}
+        )
+        assert "secret" not in json.dumps(signed.attrs)
+        np.testing.assert_allclose(signed, wanted, rtol=0, atol=1e-3)
+        assert {path.partition("?")[2] for path in server.sent if "tree2" in path} == {"sig=secret"}
         # A LAZ file is read in order; its parts come by ranges.
         np.testing.assert_allclose(grid_points(f"{server.url}/a.laz", GRID), wanted, atol=1e-3)
         server.ranges = False

@@ -8,7 +8,7 @@ from typing import Any
 
 import fsspec.core
 
-__all__ = ["fetch", "local", "modified", "options_of"]
+__all__ = ["Options", "beside", "fetch", "local", "modified"]
 
 _TRIES, _WAIT_S = 4, 0.25
 
@@ -18,9 +18,17 @@ def local(url: str) -> bool:
     return "://" not in url
 
 
-def options_of(options: Mapping[str, Any] | None) -> tuple[tuple[str, Any], ...]:
-    """Return options for fsspec as what a frozen dataclass can hold."""
-    return tuple(sorted((options or {}).items()))
+class Options(dict[str, Any]):
+    """Options for fsspec (headers, tokens), hashable so that what is opened can be kept."""
+
+    def __hash__(self) -> int:  # type: ignore[override]  # a dict has none
+        return hash(repr(sorted(self.items())))
+
+
+def beside(url: str, name: str) -> str:
+    """Return the URL of another file of the same folder; a query, as of a signature, stays."""
+    head, mark, query = url.partition("?") if not local(url) else (url, "", "")
+    return f"{head.rsplit('/', 1)[0]}/{name}{mark}{query}"
 
 
 def _errors() -> tuple[type[Exception], ...]:

@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +26,7 @@ import numpy as np
 import pyproj
 from numpy.typing import NDArray
 
-from deepdem.sources._bytes import fetch, local, modified, options_of
+from deepdem.sources._bytes import Options, beside, fetch, local, modified
 from deepdem.sources._las_crs import header_crs, named_crs, unit_factor
 
 __all__ = ["Cloud", "CopcTree", "EptTree", "LasFile", "Raw", "open_clouds"]
@@ -93,7 +94,7 @@ class Cloud:
     version
         Differs if the file's content does.
     options
-        For fsspec, as sorted pairs.
+        For fsspec.
     """
 
     url: str
@@ -103,7 +104,7 @@ class Cloud:
     count: int
     vertical: str
     version: str
-    options: tuple[tuple[str, Any], ...] = field(default=(), repr=False)
+    options: Options = field(default=Options(), repr=False)
 
 
 def laspy_module() -> Any:
@@ -124,6 +125,20 @@ def laspy_module() -> Any:
     return laspy
 
 
+@contextmanager
+def _named(url: str) -> Iterator[None]:
+    """Say of what cannot be decoded which file it is."""
+    laspy = laspy_module()
+    import lazrs
+
+    try:
+        yield
+    except (laspy.LaspyException, lazrs.LazrsError) as error:
+        raise ValueError(
+            f"{url} is damaged or cut off ({error}): fetch it again, or leave it out"
+        ) from error
+
+
 # --- LAS and LAZ ---------------------------------------------------------------------------------
 
 
@@ -140,7 +155,8 @@ class LasFile(Cloud):
         laspy = laspy_module()
         # Dask has a task for every core already: laspy's own threads would get in their way.
         with (
-            fsspec.open(self.url, "rb", **dict(self.options)) as file,
+            _named(self.url),
+            fsspec.open(self.url, "rb", **self.options) as file,
             laspy.open(file, laz_backend=laspy.LazBackend.Lazrs, closefd=False) as reader,
         ):
             reader.seek(start)
@@ -200,9 +216,9 @@ class _Stream:
 
 
 @lru_cache(maxsize=32)
-def _copc_reader(url: str, version: str, options: tuple[tuple[str, Any], ...]) -> Any:
+def _copc_reader(url: str, version: str, options: Options) -> Any:
     laspy = laspy_module()
-    reader = laspy.CopcReader(_Stream(url, dict(options)))
+    reader = laspy.CopcReader(_Stream(url, options))
     reader.source.close()
     return reader
 
@@ -215,7 +231,7 @@ class CopcTree(Cloud):
         laspy = laspy_module()
         # The pages of the hierarchy are the process's, the place in the file is the thread's.
         reader = copy.copy(_copc_reader(self.url, self.version, self.options))
-        reader.source = _Stream(self.url, dict(self.options))
+        reader.source = _Stream(self.url, self.options)
         info, mins, maxs = reader.copc_info, reader.header.mins, reader.header.maxs
         clipped = _clip(extent, self.extent)
         # Not laspy's cut at the bounds, which rounds, but whole nodes.
@@ -229,7 +245,8 @@ class CopcTree(Cloud):
         )
         ranges = _joined([(n.offset, n.byte_size) for n in nodes if n.point_count])
         reader.source.prefetch(ranges)
-        return Raw.of(reader.query(bounds, level=levels))
+        with _named(self.url):
+            return Raw.of(reader.query(bounds, level=levels))
 
     def sample(self) -> Raw:
         """Return the points of the root, which are spread over all of it."""
@@ -258,8 +275,8 @@ def _clip(extent: Extent, to: Extent) -> Extent:
 
 
 @lru_cache(maxsize=4096)
-def _ept_page(root: str, node: str, options: tuple[tuple[str, Any], ...]) -> dict[str, int]:
-    page: dict[str, int] = json.loads(fetch(f"{root}/ept-hierarchy/{node}.json", dict(options)))
+def _ept_page(url: str, version: str, node: str, options: Options) -> dict[str, int]:
+    page: dict[str, int] = json.loads(fetch(beside(url, f"ept-hierarchy/{node}.json"), options))
     return page
 
 
@@ -268,11 +285,6 @@ class EptTree(Cloud):
     """An Entwine point tile tree: ``ept.json``, and a file for each node of an octree."""
 
     about: str = field(default="", repr=False)
-
-    @property
-    def root(self) -> str:
-        """Where the tree lies."""
-        return self.url.rsplit("/", 1)[0]
 
     def nodes(self, extent: Extent, spacing: float | None) -> list[tuple[int, int, int, int]]:
         """Return the nodes (level, x, y, z) with points that may lie in `extent`."""
@@ -290,10 +302,10 @@ class EptTree(Cloud):
                     or south + y * width > top or south + (y + 1) * width <= bottom):  # fmt: skip
                 continue
             key = f"{level}-{x}-{y}-{z}"
-            count = _ept_page(self.root, page, self.options).get(key, 0)
+            count = _ept_page(self.url, self.version, page, self.options).get(key, 0)
             if count == -1:
                 page = key
-                count = _ept_page(self.root, page, self.options)[key]
+                count = _ept_page(self.url, self.version, page, self.options)[key]
             if count > 0:
                 found.append((level, x, y, z))
             if count > 0 and level < deepest:
@@ -308,11 +320,13 @@ class EptTree(Cloud):
         about = json.loads(self.about)
         kind, ending = about["dataType"], {"laszip": "laz", "binary": "bin", "zstandard": "zst"}
         nodes = self.nodes(extent, spacing)
-        urls = [f"{self.root}/ept-data/{'-'.join(map(str, n))}.{ending[kind]}" for n in nodes]
+        names = ("-".join(map(str, node)) for node in nodes)
+        urls = [beside(self.url, f"ept-data/{name}.{ending[kind]}") for name in names]
         with ThreadPoolExecutor(_REQUESTS) as pool:
-            files = list(pool.map(lambda url: fetch(url, dict(self.options)), urls))
+            files = list(pool.map(lambda url: fetch(url, self.options), urls))
         decode = _decode_laz if kind == "laszip" else _decode_binary
-        return Raw.joined([decode(file, about) for file in files])
+        with _named(self.url):
+            return Raw.joined([decode(file, about) for file in files])
 
     def sample(self) -> Raw:
         """Return the points of the root, which are spread over all of it."""
@@ -378,13 +392,14 @@ def open_clouds(
     if not several:
         raise ValueError("source= is empty: pass a path, a URL, a pattern or several of them")
     urls = [url for one in several for url in _expanded(os.fspath(one))]
-    return [_open(url, crs, vertical_unit, options_of(options)) for url in urls]
+    return [_open(url, crs, vertical_unit, Options(options)) for url in urls]
 
 
 def _expanded(url: str) -> list[str]:
     url = url.removeprefix("ept://")
     if not local(url):
-        return [url if url.endswith((".laz", ".las", ".json")) else f"{url.rstrip('/')}/ept.json"]
+        file = url.partition("?")[0].endswith((".laz", ".las", ".json"))
+        return [url if file else beside(f"{url.rstrip('/')}/", "ept.json")]
     if glob.has_magic(url) and not Path(url).exists():
         found = sorted(glob.glob(url, recursive=True))  # noqa: PTH207  # of absolute patterns too
         if not found:
@@ -403,21 +418,21 @@ def _expanded(url: str) -> list[str]:
     return [path.as_posix()]
 
 
-def _open(url: str, crs: Any, unit: Any, options: tuple[tuple[str, Any], ...]) -> Cloud:
-    if url.endswith(".json"):
+def _open(url: str, crs: Any, unit: Any, options: Options) -> Cloud:
+    if url.partition("?")[0].endswith(".json"):
         return _open_ept(url, crs, unit, options)
     laspy = laspy_module()
-    stream = _Stream(url, dict(options))
-    stream.prefetch([(0, 4)])
+    stream = _Stream(url, options)
     if stream.read(4) != b"LASF":
         raise ValueError(f"{url} is no LAS or LAZ file: pass .las, .laz, .copc.laz or an ept.json")
     stream.seek(0)
-    header = laspy.LasHeader.read_from(stream)
+    with _named(url):
+        header = laspy.LasHeader.read_from(stream)
     copc = any(isinstance(vlr, laspy.copc.CopcInfoVlr) for vlr in header.vlrs)
     said = named_crs(crs, url) if crs is not None else header_crs(header, url)
     flat, height_m, vertical = unit_factor(said, unit, header, url)
     (left, bottom), (right, top) = map(float, header.mins[:2]), map(float, header.maxs[:2])
-    version = modified(url, dict(options)) or stream.held.get(-1, b"").hex()
+    version = modified(url, options)
     kind = CopcTree if copc else LasFile
     return kind(
         url, flat, height_m, (left, bottom, right, top), header.point_count, vertical, version,
@@ -425,8 +440,8 @@ def _open(url: str, crs: Any, unit: Any, options: tuple[tuple[str, Any], ...]) -
     )  # fmt: skip
 
 
-def _open_ept(url: str, crs: Any, unit: Any, options: tuple[tuple[str, Any], ...]) -> Cloud:
-    about = json.loads(fetch(url, dict(options)))
+def _open_ept(url: str, crs: Any, unit: Any, options: Options) -> Cloud:
+    about = json.loads(fetch(url, options))
     wanted = {"bounds", "dataType", "schema", "span"} - set(about)
     if wanted or about["dataType"] not in ("laszip", "binary", "zstandard"):
         raise ValueError(

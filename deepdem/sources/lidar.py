@@ -73,9 +73,10 @@ def grid_points(
     """Return lidar points as a layer on the grid of `like`, lazy.
 
     Called, it reads headers (of a tree ``ept.json``, or the head of the COPC file). Computed, each
-    chunk reads the hierarchy and the nodes that it touches; a LAS or LAZ file is decoded once.
-    The result does not depend on the chunks. Points are reprojected one by one; heights keep
-    their vertical datum and become metres.
+    chunk reads the hierarchy and the nodes that it touches; a LAS or LAZ file is decoded once, and
+    what counts of it waits in temporary files, 24 bytes a point (in a worker's local directory, or
+    in ``tempfile.gettempdir()``) until no chunk needs it. The result does not depend on the chunks.
+    Points are reprojected one by one; heights keep their vertical datum and become metres.
 
     Parameters
     ----------
@@ -272,7 +273,7 @@ def _as_layer(job: Job, data: da.Array, source: Any) -> xr.DataArray:
 
     layer = describe(job.kind)
     out = xr.DataArray(data, coords=xr_coords(job.grid, always_yx=True), dims=("y", "x"))
-    urls = [cloud.url for cloud in job.clouds]
+    urls = [cloud.url.partition("?")[0] for cloud in job.clouds]  # a signature is nobody's business
     attrs: dict[str, Any] = {
         "long_name": layer.long_name, "units": layer.units,
         "source": ", ".join(urls[:_NAMED]) + (f" and {len(urls) - _NAMED} more"
