@@ -37,6 +37,7 @@ from deepdem.sources._cells import (
 )
 from deepdem.sources._ground import centres, centroids, fill_gaps, smrf_ground, tin
 from deepdem.sources.lidar import find_collections, grid_points
+from deepdem.vertical import vertical_of
 
 GRID = GeoBox((60, 60), Affine(1, 0, LEFT, 0, -1, TOP), "EPSG:32610")
 
@@ -385,7 +386,13 @@ def test_feet_become_metres(tmp_path, horizontal, vertical, foot):
     like = boxed(2, 20, left, top, f"EPSG:{horizontal}")
     dsm = grid_points(path, like, method="max").compute()
     np.testing.assert_allclose(dsm[0, [0, 10]], np.array([100, 300]) * foot, rtol=1e-7)
-    assert dsm.attrs["vertical_reference"] == crs.sub_crs_list[1].name
+    # In words that say what heights are above, and no longer in which unit.
+    said = vertical_of(dsm.attrs, None)
+    assert said is not None
+    assert (said.kind, said.metres) == ("geoid", 1.0)
+    assert dsm.attrs["vertical_reference"].startswith(crs.sub_crs_list[1].name[:6])
+    ds = deepdem.stack({"lidar_dsm": dsm}, like="lidar_dsm")
+    assert ds["lidar_dsm"].attrs["vertical_reference"] == said.name
     density = grid_points(path, like, "density").compute()
     assert float(density[0, 10]) == pytest.approx(2 / unit**2, rel=2e-3)
     told = grid_points(path, like, method="max", vertical_unit="m").compute()
@@ -536,7 +543,7 @@ def test_the_metres_of_web_mercator_are_not_those_of_the_ground(tmp_path):
     (cloud,) = _clouds.open_clouds(
         write_ept(tmp_path / "tree", {**points, "x": x, "y": y}, srs=srs), options={}
     )
-    assert cloud.crs == pyproj.CRS(3857)
+    assert cloud.frame.crs == pyproj.CRS(3857)
     layer = grid_points(tmp_path / "tree", GRID, spacing=1.0)
     (job,) = (t.value for k, t in layer.data.dask.items() if str(k).endswith("-job"))
     assert _tiles._spacing(cloud, job) == pytest.approx(1 / np.cos(np.radians(45.1)), rel=0.01)

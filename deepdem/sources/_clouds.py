@@ -23,11 +23,10 @@ from typing import Any, TypeAlias
 
 import fsspec
 import numpy as np
-import pyproj
 from numpy.typing import NDArray
 
 from deepdem.sources._bytes import Options, beside, fetch, local, modified
-from deepdem.sources._las_crs import header_crs, named_crs, unit_factor
+from deepdem.sources._las_crs import Frame, frame_of, header_crs, named_crs
 
 __all__ = ["Cloud", "CopcTree", "EptTree", "LasFile", "Raw", "open_clouds"]
 
@@ -81,16 +80,12 @@ class Cloud:
     ----------
     url
         A path or URL.
-    crs
-        Two-dimensional.
-    height_m
-        Metres of one unit of height.
+    frame
+        Its CRS, and what heights are.
     extent
-        (left, bottom, right, top) in `crs`.
+        (left, bottom, right, top) in its CRS.
     count
         Points.
-    vertical
-        Where `height_m` is from, or the name of the vertical CRS.
     version
         Differs if the file's content does.
     options
@@ -98,11 +93,9 @@ class Cloud:
     """
 
     url: str
-    crs: pyproj.CRS
-    height_m: float
+    frame: Frame
     extent: Extent
     count: int
-    vertical: str
     version: str
     options: Options = field(default=Options(), repr=False)
 
@@ -430,14 +423,12 @@ def _open(url: str, crs: Any, unit: Any, options: Options) -> Cloud:
         header = laspy.LasHeader.read_from(stream)
     copc = any(isinstance(vlr, laspy.copc.CopcInfoVlr) for vlr in header.vlrs)
     said = named_crs(crs, url) if crs is not None else header_crs(header, url)
-    flat, height_m, vertical = unit_factor(said, unit, header, url)
+    frame = frame_of(said, unit, header, url)
     (left, bottom), (right, top) = map(float, header.mins[:2]), map(float, header.maxs[:2])
     version = modified(url, options)
     kind = CopcTree if copc else LasFile
-    return kind(
-        url, flat, height_m, (left, bottom, right, top), header.point_count, vertical, version,
-        options,
-    )  # fmt: skip
+    extent = (left, bottom, right, top)
+    return kind(url, frame, extent, header.point_count, version, options)
 
 
 def _open_ept(url: str, crs: Any, unit: Any, options: Options) -> Cloud:
@@ -455,10 +446,9 @@ def _open_ept(url: str, crs: Any, unit: Any, options: Options) -> Cloud:
         said += f"+{srs['vertical']}" if srs.get("vertical") else ""
     if crs is None and not said:
         raise ValueError(f"{url} says no CRS: pass crs=, for example crs='EPSG:26910'")
-    flat, height_m, vertical = unit_factor(named_crs(said if crs is None else crs, url), unit,
-                                           None, url)  # fmt: skip
+    frame = frame_of(named_crs(said if crs is None else crs, url), unit, None, url)
     west, south, _, east, north, _ = about.get("boundsConforming") or about["bounds"]
     return EptTree(
-        url, flat, height_m, (west, south, east, north), int(about.get("points", 0)), vertical,
+        url, frame, (west, south, east, north), int(about.get("points", 0)),
         json.dumps(about, sort_keys=True), options, json.dumps(about),
     )  # fmt: skip

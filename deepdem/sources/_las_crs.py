@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import pyproj
@@ -11,7 +12,9 @@ import rasterio
 from pyproj.exceptions import CRSError
 from rasterio.io import MemoryFile
 
-__all__ = ["header_crs", "named_crs", "unit_factor"]
+from deepdem.vertical import horizontal, vertical_of
+
+__all__ = ["Frame", "frame_of", "header_crs", "named_crs"]
 
 _UNITS = {"m": 1.0, "ft": 0.3048, "us-ft": 1200 / 3937}
 _KEY_TAGS = {34735: "H", 34736: "d", 34737: "s"}  # directory, doubles, characters
@@ -90,39 +93,64 @@ def _geotiff_wkt(keys: dict[int, bytes]) -> str:
         return raster.crs.to_wkt() if raster.crs else ""
 
 
-def unit_factor(crs: pyproj.CRS, unit: Any, header: Any, url: str) -> tuple[pyproj.CRS, float, str]:
-    """Return the horizontal CRS, the metres of a unit of height, and who says so.
+@dataclass(frozen=True)
+class Frame:
+    """How to read a cloud's coordinates.
 
-    In this order: `unit`; the vertical part of the CRS; the GeoTIFF key of vertical units; the
-    unit of a projected CRS's axes (with a warning where that is not the metre).
+    Attributes
+    ----------
+    crs
+        Two-dimensional.
+    height_m
+        Metres of one unit of height.
+    unit_from
+        Who says so.
+    above
+        What heights are above, in words that `deepdem.vertical` knows; None: nobody says.
+    """
+
+    crs: pyproj.CRS
+    height_m: float
+    unit_from: str
+    above: str | None
+
+
+def frame_of(crs: pyproj.CRS, unit: Any, header: Any, url: str) -> Frame:
+    """Return what a CRS, an option and a header say of the coordinates.
+
+    The unit of height is, in this order: `unit`; that of the vertical part of the CRS; that of the
+    GeoTIFF key; that of a projected CRS's axes (with a warning where that is not the metre).
 
     Raises
     ------
     ValueError
         The CRS is geocentric or local, or `unit` is not known.
     """
-    parts = crs.sub_crs_list if crs.is_compound else [crs]
-    flat = parts[0].to_2d()
+    flat = horizontal(crs)
     if not (flat.is_projected or flat.is_geographic):
         raise ValueError(
             f"{url} is said to be in {flat.name!r} ({flat.type_name}), which is no map: pass the "
             "right one, for example crs='EPSG:26910'"
         )
+    vertical = vertical_of({}, crs)
+    above = None if vertical is None else vertical.name
+    if vertical is not None and vertical.metres != 1:
+        # "NAVD88 height (ftUS) (EPSG:6360)": heights become metres, and are not above that.
+        above = vertical.name.partition(" (")[0]
     if unit is not None:
         factor = _UNITS.get(unit, unit) if isinstance(unit, str) else unit
         if isinstance(factor, str) or not factor > 0:
             raise ValueError(
                 f"vertical_unit={unit!r}: pass {', '.join(map(repr, _UNITS))} or the metres of one"
             )
-        return flat, float(factor), f"vertical_unit={unit!r}"
-    for part in parts:
-        if part.is_vertical or len(part.axis_info) == 3:
-            return flat, part.axis_info[-1].unit_conversion_factor, part.name
+        return Frame(flat, float(factor), "vertical_unit=", above)
+    if vertical is not None:
+        return Frame(flat, vertical.metres, "the vertical CRS", above)
     key = _vertical_key(header)
     if key is not None:
-        return flat, key, "GeoTIFF key of vertical units"
+        return Frame(flat, key, "the GeoTIFF key of vertical units", above)
     if flat.is_geographic:
-        return flat, 1.0, "metres, for want of a vertical CRS"
+        return Frame(flat, 1.0, "nobody", above)
     axis = flat.axis_info[0]
     if abs(axis.unit_conversion_factor - 1) > 1e-9:
         warnings.warn(
@@ -130,7 +158,7 @@ def unit_factor(crs: pyproj.CRS, unit: Any, header: Any, url: str) -> tuple[pypr
             "y are; pass vertical_unit='m' (or 'ft', 'us-ft') to say which",
             stacklevel=2,
         )
-    return flat, axis.unit_conversion_factor, f"{axis.unit_name}, as x and y"
+    return Frame(flat, axis.unit_conversion_factor, "the unit of x and y", above)
 
 
 def _vertical_key(header: Any) -> float | None:

@@ -143,9 +143,9 @@ def _between(cloud: Cloud, grid: GeoBox) -> pyproj.Transformer | None:
     """Return the way from the cloud's CRS to the grid's; None where they are the same."""
     assert grid.crs is not None  # grid_from has seen to it
     target = grid.crs.proj.to_2d()
-    if cloud.crs.equals(target, ignore_axis_order=True):
+    if cloud.frame.crs.equals(target, ignore_axis_order=True):
         return None
-    return _transformer(cloud.crs.to_wkt(), target.to_wkt())
+    return _transformer(cloud.frame.crs.to_wkt(), target.to_wkt())
 
 
 def to_points(cloud: Cloud, raw: Raw, job: Job, ground: Ground | None) -> Points:
@@ -155,7 +155,7 @@ def to_points(cloud: Cloud, raw: Raw, job: Job, ground: Ground | None) -> Points
     transformer = _between(cloud, job.grid)
     if transformer is not None:
         x, y = transformer.transform(x, y)
-    value = raw.intensity[keep] if job.kind == "intensity" else raw.z[keep] * cloud.height_m
+    value = raw.intensity[keep] if job.kind == "intensity" else raw.z[keep] * cloud.frame.height_m
     transform = job.grid.transform
     points = np.empty((3, len(x)))
     points[0] = (x - transform.c) / transform.a
@@ -206,7 +206,9 @@ def _spacing(cloud: Cloud, job: Job) -> float | None:
     if job.spacing_m is None:
         return None
     left, bottom, right, top = cloud.extent
-    steps = ground_steps(cloud.crs, at=((bottom + top) / 2, (left + right) / 2), step=(1.0, 1.0))
+    steps = ground_steps(
+        cloud.frame.crs, at=((bottom + top) / 2, (left + right) / 2), step=(1.0, 1.0)
+    )
     return job.spacing_m / (sum(steps) / 2)
 
 

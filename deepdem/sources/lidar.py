@@ -297,7 +297,11 @@ def _as_layer(job: Job, data: da.Array, source: Any) -> xr.DataArray:
     if job.spacing_m is not None:
         attrs["deepdem_spacing_m"] = job.spacing_m
     if layer.is_height:
-        attrs["vertical_reference"] = ", ".join(sorted({c.vertical for c in job.clouds}))
+        units = sorted({f"{c.frame.height_m:.9g} m, from {c.frame.unit_from}" for c in job.clouds})
+        attrs["deepdem_height_unit"] = "; ".join(units)
+        above = {c.frame.above for c in job.clouds}
+        if len(above) == 1 and None not in above:
+            attrs["vertical_reference"] = above.pop()
     if job.ranked:
         attrs["deepdem_collections"] = [c.name for c in _as_list(source)]
     out.attrs, out.encoding = attrs, {"grid_mapping": "spatial_ref"}
