@@ -198,6 +198,11 @@ def fill_gaps(
 
 
 # --- ground without classes ----------------------------------------------------------------------
+#
+# Of what pip installs, the cloth of `cloth-simulation-filter` is kept up best, but it hangs
+# together: cut lidR's Topography.laz in two, and 6 % of the points 80 m and more from the cut
+# change sides (kappa 0.48 against the file's classes; 0.41 here, in an eighth of the time).
+# Pingel's own code has no distribution that pip finds. The filter is scipy's minimum and maximum.
 
 
 class Smrf:
