@@ -20,14 +20,18 @@ if TYPE_CHECKING:
     from deepdem.sources.lidar import find_collections, grid_points
     from deepdem.sources.simulated import simulate_stereo
     from deepdem.sources.synthetic import synthetic_scene
+    from deepdem.splits import ByScene, Polygons, Stripes
     from deepdem.store import open_scene, open_scenes
     from deepdem.train import DeepDEM, load_model
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "ByScene": "deepdem.splits",
     "ChipDataModule": "deepdem.data",
     "DeepDEM": "deepdem.train",
+    "Polygons": "deepdem.splits",
+    "Stripes": "deepdem.splits",
     "build": "deepdem.builder",
     "find_collections": "deepdem.sources.lidar",
     "grid_points": "deepdem.sources.lidar",
@@ -43,8 +47,11 @@ _HOME = {
 }
 
 __all__ = [
+    "ByScene",
     "ChipDataModule",
     "DeepDEM",
+    "Polygons",
+    "Stripes",
     "__version__",
     "build",
     "find_collections",

@@ -19,6 +19,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, product
+from operator import getitem
 from typing import Any, TypeAlias
 
 import dask.array as da
@@ -35,7 +36,17 @@ from dask.optimization import cull
 from dask.task_spec import Alias, DataNode, List, Task, TaskRef
 from numpy.typing import DTypeLike, NDArray
 
-__all__ = ["TABLES", "Box", "Chunks", "chunks_of", "map_regions", "read_again", "settle"]
+__all__ = [
+    "TABLES",
+    "Box",
+    "Chunks",
+    "Kernel",
+    "chunks_of",
+    "map_regions",
+    "read_again",
+    "settle",
+    "stored_source",
+]
 
 #: How the key of a task begins that many chunks wait for, and that itself waits for many.
 TABLES = "deepdem-table"
@@ -236,6 +247,54 @@ def _stored(array: da.Array) -> Any:
     held = array.dask.layers.get(key, {}).get(key)
     stored = held.value if isinstance(held, DataNode) else held
     return key if getattr(stored, "shape", None) == array.shape else None
+
+
+def stored_source(array: da.Array) -> tuple[Any, int, int] | None:
+    """Return what `array` is stored in and the row and column of it where the array begins.
+
+    None unless every chunk is read from one raster, by plain slices that together are one
+    rectangle of it: an array that was opened, or a part of one, and nothing was computed of it.
+    Every chunk is looked at, since a concatenation can have the first and the last in their
+    places and others not.
+    """
+    ys, xs = (_edges(sizes) for sizes in array.chunks)
+    begins = set()
+    for i, j in product(*map(range, array.numblocks)):
+        origin = _origin(array, (array.name, i, j))
+        if origin is None:
+            return None
+        key, y, x = origin
+        begins.add((key, y - ys[i], x - xs[j]))
+        if len(begins) > 1:
+            return None
+    ((key, y, x),) = begins
+    held = array.dask.layers.get(key, {}).get(key)
+    stored = held.value if isinstance(held, DataNode) else held
+    return (stored, y, x) if len(getattr(stored, "shape", ())) == 2 else None
+
+
+def _origin(array: da.Array, key: Any) -> tuple[Any, int, int] | None:
+    """Return the key of what a chunk is read from, and the first row and column read."""
+    y = x = 0
+    while True:
+        task = array.dask.layers.get(key[0], {}).get(key)
+        if isinstance(task, Alias):
+            key = task.target
+            continue
+        if not isinstance(task, Task) or len(task.args) != 2 or len(task.dependencies) != 1:
+            return None
+        where = task.args[1]
+        place = where.value if isinstance(where, DataNode) else where
+        if not isinstance(place, tuple) or not all(
+            isinstance(s, slice) and s.step in (None, 1) and (s.start or 0) >= 0 for s in place
+        ):
+            return None
+        y, x = y + (place[0].start or 0), x + (place[1].start or 0)
+        (key,) = task.dependencies
+        if task.func in (getter, getter_nofancy):
+            return key, y, x
+        if task.func is not getitem:
+            return None
 
 
 @dataclass(frozen=True)

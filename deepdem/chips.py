@@ -6,7 +6,6 @@ block by block.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,9 +14,9 @@ import numpy as np
 import xarray as xr
 import xbatcher
 from numpy.typing import NDArray
+from xbatcher.generators import BatchSchema
 
 from deepdem.blocks import Box, chunks_of, map_regions
-from deepdem.level import LevelRegion, local_level
 from deepdem.scene import check_scene, dask_layer
 from deepdem.statistics import robust_mean
 from deepdem.windows import Axis, overlap_px
@@ -26,10 +25,9 @@ __all__ = [
     "chip_boxes",
     "chip_generator",
     "chip_numbers",
-    "dsm_level",
+    "chip_starts",
     "dsm_scale",
     "robust_mean",
-    "split_scene",
 ]
 
 
@@ -83,11 +81,23 @@ def chip_generator(
     return _Chips(ds, chips, size, pixels)
 
 
+def chip_starts(length: int, size: int, stride: int) -> NDArray[np.int64]:
+    """Return where chips begin along one axis: where xbatcher says, and the far edge, ascending.
+
+    xbatcher drops what is left at the far edge; one more chip is moved inward to cover it.
+    """
+    # One axis at a time: for both at once xbatcher makes a dict a chip, 600 000 of them for a
+    # scene of 100 000 pixels.
+    line = xr.Dataset(coords={"i": np.empty(length, dtype=np.int8)})
+    schema = BatchSchema(line, {"i": size}, {"i": size - stride}, concat_input_bins=False)
+    starts = {chips[0]["i"].start for chips in schema.selectors.values()}
+    return np.array(sorted(starts | {length - size}), dtype=np.int64)
+
+
 def chip_boxes(region: Box, size: int, stride: int) -> list[Box]:
     """Return the places of chips over a region, row by row; the last ones are moved inward."""
-    height, width = region.shape
-    ys = Axis(height, size, stride).starts(0, height) + region.y0
-    xs = Axis(width, size, stride).starts(0, width) + region.x0
+    ys = chip_starts(region.shape[0], size, stride) + region.y0
+    xs = chip_starts(region.shape[1], size, stride) + region.x0
     return [Box(int(y), int(y) + size, int(x), int(x) + size) for y in ys for x in xs]
 
 
@@ -164,58 +174,3 @@ def dsm_scale(ds: xr.Dataset, *, size: int = 256) -> float:
             f"no DSM scale: no chip of {size} px is half valid, or the surface is flat"
         )
     return scale
-
-
-def dsm_level(ds: xr.Dataset, *, chip_px: int) -> xr.DataArray:
-    """Return the local level of the scene's DSM, lazy: what heights are relative to in a network.
-
-    Shape (y, x), float32, metres; NaN where no height is within reach. See `local_level`.
-    """
-    dsm = dask_layer(ds, "dsm")
-    level = map_regions(
-        local_level, [dsm], chunks=dsm.chunks, region=LevelRegion(chip_px, dsm.shape),
-        dtype=np.float32, name="dsm-level", common={"chip_px": chip_px},
-    )  # fmt: skip
-    return xr.DataArray(level, dims=("y", "x"), name="dsm_level", attrs={"units": "m"})
-
-
-_SPLIT = re.compile(r"(left|right|top|bottom)\s+(\d+(?:\.\d+)?)\s*%")
-
-
-def split_scene(shape: tuple[int, int], split: str, guard_px: int) -> tuple[Box, Box]:
-    """Return the training and the validation region of a scene, `guard_px` apart.
-
-    Parameters
-    ----------
-    shape
-        Of the scene (y, x).
-    split
-        ``"left 80 %"`` (or ``right``, ``top``, ``bottom``): the side and the share that is trained
-        on; the other side, less the guard band, is for validation.
-    guard_px
-        The width of the band between them that belongs to neither.
-
-    Raises
-    ------
-    ValueError
-        `split` is not understood.
-
-    Examples
-    --------
-    >>> split_scene((100, 200), "left 60 %", 20)
-    (Box(y0=0, y1=100, x0=0, x1=120), Box(y0=0, y1=100, x0=140, x1=200))
-    """
-    match = _SPLIT.fullmatch(split.strip())
-    if match is None or not 0 < float(match[2]) < 100:
-        raise ValueError(f"split={split!r} is not understood: pass for example 'left 80 %'")
-    height, width = shape
-    side, share = match[1], float(match[2]) / 100
-    along = width if side in ("left", "right") else height
-    edge = round(along * share)
-    if side in ("left", "top"):
-        train, val = (0, edge), (min(edge + guard_px, along), along)
-    else:
-        train, val = (along - edge, along), (0, max(along - edge - guard_px, 0))
-    if side in ("left", "right"):
-        return Box(0, height, *train), Box(0, height, *val)
-    return Box(*train, 0, width), Box(*val, 0, width)

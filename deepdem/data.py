@@ -1,38 +1,51 @@
-"""What feeds a network: chips of many scenes as torch batches, in a Lightning data module.
-
-Training and validation regions lie apart by a guard band of one chip, so that no validation pixel
-was ever seen in training, not even at the edge of a chip.
-"""
+"""What feeds a network: chips of many scenes as torch batches, in a Lightning data module."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
-import dask
-import dask.array as da
 import numpy as np
 import psutil
 import pytorch_lightning as pl
 import torch
 import xarray as xr
-from dask.base import compute
-from numpy.typing import NDArray
+from dask.system import CPU_COUNT
+from dask.utils import parse_bytes
+from odc.geo.geobox import GeoBox
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 
-from deepdem.blocks import Box
-from deepdem.chips import chip_boxes, chip_numbers, dsm_level, robust_mean, split_scene
+from deepdem.batches import (
+    LANES,
+    Batch,
+    FixedBatches,
+    TrainBatches,
+    TrainLoader,
+    fixed_loader,
+    train_loader,
+)  # fmt: skip
+from deepdem.chips import robust_mean
+from deepdem.level import LevelRegion, local_level
 from deepdem.models import ModelSpec
 from deepdem.recipes import Recipe
-from deepdem.scene import check_scene, dask_layer, pixel_size
+from deepdem.regions import Plane, Region, SceneReader
+from deepdem.sampling import WEIGHTS, Places, Plan, Weight, fixed_chips, tile_px
+from deepdem.scene import check_scene, pixel_size
+from deepdem.splits import Split, Use, split_of
 
-__all__ = ["Batch", "ChipDataModule", "Statistics", "augmented"]
+__all__ = ["AUGMENTATIONS", "Batch", "ChipDataModule", "Statistics", "augmented"]
 
-#: A batch: "layers" (n, channel, y, x), as `ModelSpec.channels` names them, and "target"
-#: (n, y, x); raw units, NaN for no data.
-Batch: TypeAlias = "dict[str, Tensor]"
+#: What may be done to a batch in training.
+AUGMENTATIONS = ("flip", "rotate", "swap", "noise", "voids")
+#: Of a scene that is larger than memory the statistics are taken from so many tiles.
+_SAMPLED_TILES = 64
+#: Tiles that are open at once in a stream; of what is held in memory more cost nothing.
+_OPEN_TILES, _OPEN_HELD = 4, 64
 
 
 @dataclass(frozen=True)
@@ -58,110 +71,8 @@ class Statistics:
     scenes: tuple[str, ...]
 
 
-class _Region:
-    """One region of one scene: gives chips of its layers and its target as float32 arrays."""
-
-    def __init__(self, ds: xr.Dataset, box: Box, layers: Sequence[str], target: str):
-        self.names = [*layers, target]
-        self.box = box
-        self.ds = ds[self.names].isel(y=slice(box.y0, box.y1), x=slice(box.x0, box.x1))
-        self.array: NDArray[np.float32] | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """What it takes in memory."""
-        return 4 * len(self.names) * self.box.shape[0] * self.box.shape[1]
-
-    def load(self) -> None:
-        """Hold the region in memory."""
-        self.array = self._read(self.ds)
-
-    def _read(self, part: xr.Dataset) -> NDArray[np.float32]:
-        (values,) = compute([part[name].data for name in self.names])
-        return np.stack([np.asarray(v, dtype=np.float32) for v in values])
-
-    def read(self, y: int, x: int, size: int) -> NDArray[np.float32]:
-        """Return the chip whose first pixel is (y, x) of the region: (layer + target, y, x)."""
-        there = slice(y, y + size), slice(x, x + size)
-        if self.array is not None:
-            return self.array[:, there[0], there[1]]
-        with dask.config.set(scheduler="synchronous"):
-            return self._read(self.ds.isel(y=there[0], x=there[1]))
-
-
-class _ChipDataset(Dataset[Batch]):
-    """Chips of several regions. Training chips are jittered anew each epoch; others stand still."""
-
-    def __init__(
-        self, regions: Sequence[_Region], size: int, min_valid: float, *, jitter: bool, seed: int
-    ):
-        self.regions, self.size, self.jitter, self.seed = regions, size, jitter, seed
-        self.epoch = 0
-        stride = size // 2 if jitter else size
-        self.stride = stride
-        self.places: list[tuple[int, int, int]] = []
-        for i, region in enumerate(regions):
-            if min(region.box.shape) < size:
-                continue
-            mask = _usable(region)
-            share = chip_numbers(mask, size, stride).compute().ravel()
-            boxes = chip_boxes(Box(0, region.box.shape[0], 0, region.box.shape[1]), size, stride)
-            self.places += [
-                (i, box.y0, box.x0)
-                for box, s in zip(boxes, share, strict=True)
-                if s >= max(min_valid, 1e-9)
-            ]
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, index: int) -> Batch:
-        i, y, x = self.places[index]
-        region = self.regions[i]
-        if self.jitter:
-            # Seeded by what it is, not by who asks: the same with any number of workers.
-            draw = np.random.default_rng((self.seed, self.epoch, index))
-            reach = self.stride // 2
-            height, width = region.box.shape
-            y = int(np.clip(y + draw.integers(-reach, reach + 1), 0, height - self.size))
-            x = int(np.clip(x + draw.integers(-reach, reach + 1), 0, width - self.size))
-        chip = torch.from_numpy(np.ascontiguousarray(region.read(y, x, self.size)))
-        return {"layers": chip[:-1], "target": chip[-1]}
-
-
-class _Draw(Sampler[int]):
-    """Which training chips an epoch has, in which order; Lightning says which epoch it is."""
-
-    def __init__(self, chips: _ChipDataset, count: int):
-        self.chips, self.count = chips, count
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw anew: Lightning calls this before each epoch."""
-        self.chips.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[int]:
-        draw = np.random.default_rng((self.chips.seed, self.chips.epoch))
-        rounds = -(-self.count // len(self.chips))
-        order = np.concatenate([draw.permutation(len(self.chips)) for _ in range(rounds)])
-        return iter(order[: self.count].tolist())
-
-
-def _usable(region: _Region) -> da.Array:
-    """Return where the DSM, the target and, if the scene has it, ``valid`` are there."""
-    if region.array is not None:
-        dsm, target = region.array[region.names.index("dsm")], region.array[-1]
-        loaded: da.Array = da.from_array(np.isfinite(dsm) & np.isfinite(target), chunks=2048)
-        return loaded
-    there = [da.isfinite(dask_layer(region.ds, name)) for name in ("dsm", region.names[-1])]
-    usable: da.Array = da.logical_and(*there)
-    return usable
-
-
 class ChipDataModule(pl.LightningDataModule):
-    """Training and validation chips of one scene or many, as Lightning wants them.
+    """Training, validation and test chips of one scene or many, as Lightning wants them.
 
     Parameters
     ----------
@@ -172,30 +83,59 @@ class ChipDataModule(pl.LightningDataModule):
     batch_size
         Chips in a batch.
     split
-        Which part of each scene is trained on, such as ``"left 80 %"``; see `split_scene`. A band
-        of one chip between the parts belongs to neither.
+        What is trained on and what is for validation and the test: ``"left 80 %"`` of each scene
+        (see `deepdem.splits.split_scene`), `deepdem.Stripes`, `deepdem.ByScene` or
+        `deepdem.Polygons`. A band of one chip between the parts belongs to none.
     min_valid
         Chips with a smaller share of pixels that have both the DSM and the truth are left out.
+        It is counted where chips are read anyway; nothing is read for it beforehand.
     chips_per_epoch
         How many training chips make an epoch; by default as many as there are places half a chip
-        apart.
+        apart. In regions that are not held in memory they count whether valid or not.
+    val_chips
+        How many validation and test chips there are at most: tiles are drawn, the same ones for
+        the same seed. None: all of them.
+    balance
+        ``"area"``: each place comes as often as any other, so scenes count by their valid area;
+        ``"scene"``: as many chips from each scene.
+    weights
+        What places come in proportion to: ``"terrain"`` (how steep the true surface is),
+        ``"error"`` (the mean absolute error of the initial one), or a function that takes the
+        chip's DSM and truth, arrays (y, x) in metres with NaN, and gives a number. None: all
+        the same.
     augment
-        Of ``"flip"``, ``"rotate"`` (quarter turns) and ``"swap"`` (left and right image change
-        places). Training only; validation chips are never changed. None: what the model's preset
-        says. That of the default preset is nothing, for each of them turns the sun and the
-        parallax between the images, from which a network learns which way a wrong height displaced
-        them. On one synthetic scene, 90 s of training each, flips and turns took the gain in MAE
-        from 56 % to 34 %. With many scenes of many geometries they may help.
+        Of ``"flip"``, ``"rotate"`` (quarter turns), ``"swap"`` (left and right image change
+        places), ``"noise"`` (the DSM gets smooth and rough noise, up to a quarter of the mean
+        absolute error that the chip has) and ``"voids"`` (rectangles without DSM). Training
+        only; validation chips are never changed. None: what the model's preset says. That of the
+        default preset is nothing, for the first three turn the sun and the parallax between the
+        images, from which a network learns which way a wrong height displaced them. On one
+        synthetic scene, 90 s of training each, flips and turns took the gain in MAE from 56 % to
+        34 %. With many scenes of many geometries they may help.
     seed
         The same seed gives the same chips, however many workers there are.
     cache
-        ``"auto"`` holds the regions in memory if they take no more than a quarter of what is free;
-        True and False decide.
+        What may be held in memory: a number of bytes, or a text such as ``"4 GiB"``; ``"auto"`` is
+        a quarter of what is free. Regions that fit are read once and held. Otherwise chips are
+        read tile by tile in each epoch, and tiles take as much. True holds them in any case, False
+        never.
+    num_workers
+        Processes that read and cut chips; each opens the stores by itself. ``"auto"``: none where
+        the regions are in memory or go through Dask, else two. A script that uses them needs
+        ``if __name__ == "__main__":`` round what it does. 1, 2 or 4 share out the tiles; with
+        other numbers some are read twice.
 
     Notes
     -----
     It asks the model that is trained for its layers and its target. Batches are dicts: ``layers``
-    (n, layer, y, x) and ``target`` (n, y, x), float32, raw units, NaN for no data.
+    (n, channel, y, x) and ``target`` (n, y, x), float32, raw units, NaN for no data. A scene that
+    was opened and not changed is read straight from its store; one that is computed goes through
+    Dask. A checkpoint taken within an epoch is resumed at its next batch.
+
+    Raises
+    ------
+    ValueError
+        An option is not understood, or no scene is given.
 
     Examples
     --------
@@ -209,58 +149,100 @@ class ChipDataModule(pl.LightningDataModule):
         *,
         chip_size: int = 256,
         batch_size: int = 24,
-        split: str = "left 80 %",
+        split: str | Split = "left 80 %",
         min_valid: float = 0.5,
         chips_per_epoch: int | None = None,
+        val_chips: int | None = 1024,
+        balance: str = "area",
+        weights: str | Weight | None = None,
         augment: Sequence[str] | None = None,
         seed: int = 0,
-        cache: str | bool = "auto",
+        cache: str | int | bool = "auto",
+        num_workers: str | int = "auto",
     ):
         super().__init__()
-        self.scenes = _scene_list(scenes)
-        self.chip_size, self.batch_size, self.split = chip_size, batch_size, split
+        names, self.scenes = _named(scenes)
+        self.names = tuple(names)
+        self.chip_size, self.batch_size, self.split = chip_size, batch_size, split_of(split)
         self.min_valid, self.chips_per_epoch, self.seed = min_valid, chips_per_epoch, seed
-        if unknown := set(augment or ()) - {"flip", "rotate", "swap"}:
-            raise ValueError(f"augment={sorted(unknown)}: wanted of 'flip', 'rotate', 'swap'")
+        self.val_chips = val_chips
+        if unknown := set(augment or ()) - set(AUGMENTATIONS):
+            raise ValueError(f"augment={sorted(unknown)}: wanted of {', '.join(AUGMENTATIONS)}")
+        if balance not in ("area", "scene"):
+            raise ValueError(f"balance={balance!r}: wanted 'area' or 'scene'")
+        if isinstance(weights, str) and weights not in WEIGHTS:
+            raise ValueError(
+                f"weights={weights!r} is not known: pass one of {sorted(WEIGHTS)}, or a function "
+                "of DSM and truth"
+            )
+        if isinstance(num_workers, str) and num_workers != "auto":
+            raise ValueError(f"num_workers={num_workers!r}: wanted a number, or 'auto'")
+        self.balance, self.cache = balance, cache
         self.augment = None if augment is None else tuple(augment)
-        self.cache = cache
+        self.weights = WEIGHTS[weights] if isinstance(weights, str) else weights
+        self.num_workers = num_workers
+        self._limit()  # what is not understood is told now
         self.layers: tuple[str, ...] = ()
+        self.channels: tuple[str, ...] = ()
         self.target = ""
-        self.train_chips: _ChipDataset | None = None
-        self.val_chips: _ChipDataset | None = None
-        split_scene((1, 1), split, 0)  # a wrong split is told now, not when training starts
+        self.regions: dict[Use, list[Region]] = {}
+        self._plan: Plan | None = None
+        self._fixed: dict[Use, FixedBatches] = {}
+
+    # --- what there is -------------------------------------------------------------------------
 
     def setup(self, stage: str | None = None) -> None:
-        """Cut the scenes into regions and find the chips; reads the mask, or what is cached."""
+        """Cut the scenes into regions; reads those that are held in memory, and else nothing."""
         spec = self._spec()
-        layers, target = spec.layers, spec.target
         if self.augment is None:
             assert self.trainer is not None
             recipe = getattr(self.trainer.lightning_module, "recipe", Recipe())
             self.augment = recipe.augment
-        if self.train_chips is not None and (layers, target) == (self.layers, self.target):
+        wanted = spec.channels, spec.target
+        if self.regions and wanted == (self.channels, self.target):
             return
-        self.layers, self.target = layers, target
-        train, val = [], []
-        for ds in self.scenes:
-            box = check_scene(ds, [*layers, target])
-            boxes = split_scene((box.shape.y, box.shape.x), self.split, self.chip_size)
-            if spec.centering == "local":
-                ds = ds.assign(dsm_level=dsm_level(ds, chip_px=spec.chip_size))
-            train.append(_Region(ds, boxes[0], spec.channels, target))
-            val.append(_Region(ds, boxes[1], spec.channels, target))
-        if self._fits([*train, *val]):
-            for region in (*train, *val):
-                region.load()
-        size, share, seed = self.chip_size, self.min_valid, self.seed
-        self.train_chips = _ChipDataset(train, size, share, jitter=True, seed=seed)
-        self.val_chips = _ChipDataset(val, size, share, jitter=False, seed=seed)
-        if not len(self.train_chips):
+        self.channels, self.target = wanted
+        self.layers, self._fixed, self._plan = spec.layers, {}, None
+        self.regions = self._cut(spec)
+        every = [region for regions in self.regions.values() for region in regions]
+        plan = Plan(
+            self.chip_size, self.min_valid, self.seed, self.balance == "scene", self.weights
+        )
+        if self._holds(every):
+            for region in every:
+                region.hold(shared=self._workers(every) > 0)
+            self._plan = replace(plan, open_tiles=_OPEN_HELD)
+            if not self._places():
+                raise ValueError(
+                    f"no training chip: no place of {self.chip_size} px in the training region "
+                    f"({self.split}) has {self.min_valid:.0%} of its pixels with both 'dsm' and "
+                    f"{self.target!r}: pass a smaller chip_size or min_valid, or another split"
+                )
+        else:
+            self._plan = self._streamed(plan, every)
+
+    def _cut(self, spec: ModelSpec) -> dict[Use, list[Region]]:
+        grids: dict[str, GeoBox] = {}
+        for name, ds in zip(self.names, self.scenes, strict=True):
+            grids[name] = check_scene(ds, [*spec.layers, spec.target])
+        wanted = tuple(dict.fromkeys((*spec.layers, "dsm", spec.target)))
+        regions: dict[Use, list[Region]] = {"train": [], "val": [], "test": []}
+        cuts = self.split.parts(grids, self.chip_size)
+        for i, (ds, parts) in enumerate(zip(self.scenes, cuts, strict=True)):
+            reader = SceneReader(ds, wanted)
+            planes = _planes(spec, reader.shape)
+            for use, some in parts.items():
+                regions[use] += [
+                    Region(reader, part, spec.channels, spec.target, planes, scene=i)
+                    for part in some
+                    if min(part.box.shape) >= self.chip_size
+                ]
+        if not regions["train"]:
             raise ValueError(
-                f"no training chip: no place of {self.chip_size} px in the training region "
-                f"({self.split}) has {self.min_valid:.0%} of its pixels with both 'dsm' and "
-                f"{target!r}: pass a smaller chip_size or min_valid, or another split"
+                f"no training chip: no part for training of {self.split} is {self.chip_size} px "
+                "wide: pass a smaller chip_size or another split"
             )
+        return regions
 
     def _spec(self) -> ModelSpec:
         """Return what the model that is trained wants to see."""
@@ -272,30 +254,130 @@ class ChipDataModule(pl.LightningDataModule):
             )
         return spec
 
-    def _fits(self, regions: Sequence[_Region]) -> bool:
+    # --- memory and processes --------------------------------------------------------------------
+
+    def _limit(self) -> int:
+        """Return how many bytes may be held."""
+        if isinstance(self.cache, bool) or self.cache == "auto":
+            return int(psutil.virtual_memory().available) // 4
+        limit: int = parse_bytes(self.cache)
+        return limit
+
+    def _holds(self, regions: Sequence[Region]) -> bool:
         if isinstance(self.cache, bool):
             return self.cache
-        free: int = psutil.virtual_memory().available
-        return sum(region.nbytes for region in regions) <= free / 4
+        needed, limit = sum(region.nbytes for region in regions), self._limit()
+        shared = Path("/dev/shm")  # noqa: S108  # where processes share memory
+        if self._workers(regions) and self.cache == "auto" and shared.is_dir():
+            limit = min(limit, shutil.disk_usage(shared).free // 2)
+        return needed <= limit
+
+    def _workers(self, regions: Sequence[Region]) -> int:
+        if isinstance(self.num_workers, int):
+            return self.num_workers
+        streamed = not any(region.held for region in regions) and self._plan is not None
+        direct = all(region.reader.is_direct for region in regions)
+        return min(2, CPU_COUNT) if streamed and direct else 0
+
+    def _streamed(self, plan: Plan, regions: Sequence[Region]) -> Plan:
+        groups = len(self.scenes) if plan.evenly else 1
+        streams = LANES * self._world[0]
+        open_tiles = max(_OPEN_TILES, groups)
+        train = self.regions["train"]
+        width = tile_px(
+            sum(r.box.shape[0] * r.box.shape[1] for r in train), size=plan.size,
+            planes=len(regions[0].names), streams=LANES, open_tiles=open_tiles,
+            limit=self._limit(),
+        )  # fmt: skip
+        return replace(plan, tile_px=width, open_tiles=open_tiles, streams=streams)
+
+    @property
+    def _world(self) -> tuple[int, int]:
+        if self.trainer is None:
+            return 1, 0
+        return self.trainer.world_size, self.trainer.global_rank
+
+    # --- the loaders -----------------------------------------------------------------------------
+
+    def _places(self) -> int:
+        """Return how many places there are; in memory: how many of them are worth having."""
+        plan, train = self._set_up(), self.regions["train"]
+        if any(region.held is None for region in train):
+            return sum(plan.places(region).count for region in train)
+        found = 0
+        for region in train:
+            usable = region.open(region.box).usable
+            places = plan.places(region)
+            for k in range(places.tiles):
+                tile = places.tile(k, jitter=False)
+                for y, x in zip(tile.y - region.box.y0, tile.x - region.box.x0, strict=True):
+                    found += plan.enough(usable[y : y + plan.size, x : x + plan.size])
+        return found
+
+    def _set_up(self) -> Plan:
+        if self._plan is None:
+            raise ValueError("the data module is not set up: trainer.fit(model, data) does it")
+        return self._plan
+
+    def train_dataloader(self) -> TrainLoader:
+        """Return the training chips, drawn and moved anew in each epoch."""
+        plan, train = self._set_up(), self.regions["train"]
+        chips = self.chips_per_epoch or self._places()
+        batches = TrainBatches(train, plan, batch_size=self.batch_size, chips=chips)
+        world, rank = self._world
+        if len(batches) < world:
+            raise ValueError(
+                f"an epoch of {chips} chips has no batch for each of {world} training processes: "
+                "pass a smaller batch_size, or chips_per_epoch="
+            )
+        epoch = 0 if self.trainer is None else self.trainer.current_epoch
+        return train_loader(
+            batches, workers=self._workers(train), epoch=epoch, world=world, rank=rank
+        )
+
+    def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
+        """Return the validation chips: the same ones, in the same order, each time.
+
+        When it is first asked for, the DSM and the truth of the tiles they lie in are read.
+        """
+        return self._fixed_loader("val")
+
+    def test_dataloader(self) -> DataLoader[Batch] | list[Any]:
+        """Return the test chips, as validation's; none if the split has no part for the test."""
+        return self._fixed_loader("test")
+
+    def _fixed_loader(self, use: Use) -> DataLoader[Batch] | list[Any]:
+        plan, regions = self._set_up(), self.regions[use]
+        if use not in self._fixed:
+            chips = fixed_chips(regions, plan, self.val_chips)
+            self._fixed[use] = FixedBatches(regions, chips, batch_size=self.batch_size)
+        batches = self._fixed[use]
+        return fixed_loader(batches, workers=self._workers(regions)) if len(batches) else []
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Augment a training batch."""
+        if self.trainer is None or not self.trainer.training or not self.augment:
+            return batch
+        draw = np.random.default_rng((self.seed, self.trainer.global_step, self._world[1]))
+        return augmented(batch, self.channels, self.augment, draw)
+
+    # --- what the training regions have in common ------------------------------------------------
 
     def statistics(self) -> Statistics:
         """Return the DSM scale and the layers' mean and spread over the training regions; computes.
+
+        Of regions that are not held in memory they are taken from 64 tiles, drawn by the seed.
 
         Raises
         ------
         ValueError
             No chip of the training regions is half valid, or the DSM is flat.
         """
-        assert self.train_chips is not None
-        regions = self.train_chips.regions
         stds, sums = [], np.zeros((len(self.layers), 3))
-        for region in regions:
-            part = region.ds if region.array is None else _in_memory(region)
-            if min(region.box.shape) >= self.chip_size:
-                dsm = dask_layer(part, "dsm")
-                stds.append(chip_numbers(dsm, self.chip_size, self.chip_size, std=True))
-            sums += np.array(compute([_moments(dask_layer(part, n)) for n in self.layers])[0])
-        scale = robust_mean(np.concatenate([s.ravel() for s in compute(*stds)]))
+        for some, moments in self._sampled():
+            stds += some
+            sums += moments
+        scale = robust_mean(np.array(stds, dtype=np.float64))
         if not scale > 0:
             raise ValueError(
                 f"no DSM scale: no chip of {self.chip_size} px in the training region is half "
@@ -310,76 +392,117 @@ class ChipDataModule(pl.LightningDataModule):
             means=dict(zip(self.layers, means.tolist(), strict=True)),
             # A layer that is the same everywhere tells nothing; it must not divide by zero.
             stds=dict(zip(self.layers, np.where(spread > 0, spread, 1.0).tolist(), strict=True)),
-            scenes=tuple(_name_of(ds, i) for i, ds in enumerate(self.scenes)),
+            scenes=self.names,
         )
 
-    def train_dataloader(self) -> DataLoader[Batch]:
-        """Return the training chips, drawn and jittered anew each epoch."""
-        assert self.train_chips is not None
-        count = self.chips_per_epoch or len(self.train_chips)
-        return DataLoader(
-            self.train_chips,
-            batch_size=self.batch_size,
-            sampler=_Draw(self.train_chips, count),
-            drop_last=count >= self.batch_size,
-        )
-
-    def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
-        """Return the validation chips: the same ones, in the same order, each time."""
-        assert self.val_chips is not None
-        if not len(self.val_chips):
-            return []
-        return DataLoader(self.val_chips, batch_size=self.batch_size)
-
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Augment a training batch."""
-        if self.trainer is None or not self.trainer.training or not self.augment:
-            return batch
-        draw = np.random.default_rng((self.seed, self.trainer.global_step))
-        return augmented(batch, self.layers, self.augment, draw)
+    def _sampled(self) -> Iterator[tuple[list[float], np.ndarray[Any, Any]]]:
+        """Yield of each tile its chips' standard deviations and its layers' moments."""
+        plan, train = self._set_up(), self.regions["train"]
+        size = plan.size
+        places = [Places(region.box, size, size, max(plan.tile_px, size)) for region in train]
+        tiles = [(i, k) for i, p in enumerate(places) for k in range(p.tiles)]
+        if any(region.held is None for region in train) and len(tiles) > _SAMPLED_TILES:
+            draw = np.random.default_rng((self.seed, 4))
+            tiles = [tiles[i] for i in draw.permutation(len(tiles))[:_SAMPLED_TILES]]
+        for i, k in tiles:
+            tile, core = places[i].tile(k, jitter=False), places[i].core(k)
+            arrays = dict(zip(self.layers, train[i].read(self.layers, tile.box), strict=True))
+            yield (
+                _stds(arrays["dsm"], tile.y - tile.box.y0, tile.x - tile.box.x0, size),
+                np.array([_moments(a[core.within(tile.box)]) for a in arrays.values()]),
+            )
 
 
 def augmented(
     batch: Batch, layers: Sequence[str], kinds: Sequence[str], draw: np.random.Generator
 ) -> Batch:
-    """Return the batch with one drawn symmetry for all its chips; layers and target alike."""
-    x, target = batch["layers"], batch["target"]
+    """Return the batch changed as drawn: one symmetry for all its chips; noise and voids in each.
+
+    Layers, target and planes are flipped and turned alike. Noise and voids are the DSM's alone.
+    """
+    out = dict(batch)
     if "swap" in kinds and {"ortho_left", "ortho_right"} <= set(layers) and draw.random() < 0.5:
-        order = list(range(x.shape[1]))
+        order = list(range(out["layers"].shape[1]))
         left, right = layers.index("ortho_left"), layers.index("ortho_right")
         order[left], order[right] = right, left
-        x = x[:, order]
+        out["layers"] = out["layers"][:, order]
+    if "noise" in kinds or "voids" in kinds:
+        dsm = layers.index("dsm")
+        heights = out["layers"][:, dsm]
+        if "noise" in kinds:
+            heights = _noisy(heights, out["target"], draw)
+        if "voids" in kinds:
+            heights = _voided(heights, draw)
+        out["layers"] = out["layers"].clone()
+        out["layers"][:, dsm] = heights
     dims = [d for d in (-2, -1) if "flip" in kinds and draw.random() < 0.5]
-    x, target = torch.flip(x, dims), torch.flip(target, dims)
     turns = int(draw.integers(4)) if "rotate" in kinds else 0
-    return {
-        "layers": torch.rot90(x, turns, (-2, -1)),
-        "target": torch.rot90(target, turns, (-2, -1)),
-    }
+    return {key: torch.rot90(torch.flip(t, dims), turns, (-2, -1)) for key, t in out.items()}
 
 
-def _in_memory(region: _Region) -> xr.Dataset:
-    assert region.array is not None
-    return xr.Dataset({n: (("y", "x"), a) for n, a in zip(region.names, region.array, strict=True)})
+def _noisy(dsm: Tensor, target: Tensor, draw: np.random.Generator) -> Tensor:
+    """Return heights with noise: half of it pixel by pixel, half as wide as an eighth of a chip.
+
+    Its size goes by the error that is there, so that no scene needs a number of its own.
+    """
+    error = (dsm - target).abs()
+    size = torch.nanmean(error.flatten(1), dim=1).nan_to_num()
+    size = size * torch.from_numpy(draw.uniform(0, 0.25, len(dsm))).to(size)
+    rough = torch.from_numpy(draw.standard_normal(dsm.shape, dtype=np.float32)).to(dsm)
+    coarse = torch.from_numpy(draw.standard_normal((len(dsm), 1, 8, 8), dtype=np.float32)).to(dsm)
+    smooth = torch.nn.functional.interpolate(coarse, dsm.shape[1:], mode="bicubic")[:, 0]
+    return dsm + size[:, None, None] * (rough + smooth) / 2**0.5
 
 
-def _moments(layer: da.Array) -> da.Array:
-    """Return count, sum and sum of squares of the finite values, lazy."""
-    finite = da.isfinite(layer)
-    values = da.where(finite, layer, 0).astype(np.float64)
-    moments: da.Array = da.stack([finite.sum(), values.sum(), (values**2).sum()])
-    return moments
+def _voided(dsm: Tensor, draw: np.random.Generator) -> Tensor:
+    """Return heights with up to four voids a chip, a quarter of its width at most."""
+    out = dsm.clone()
+    height, width = dsm.shape[1:]
+    for chip in out:
+        for _ in range(draw.integers(5)):
+            tall, wide = (int(draw.integers(1, max(n // 4, 1) + 1)) for n in (height, width))
+            y, x = int(draw.integers(height - tall + 1)), int(draw.integers(width - wide + 1))
+            chip[y : y + tall, x : x + wide] = torch.nan
+    return out
 
 
-def _scene_list(scenes: xr.Dataset | xr.DataTree | Sequence[xr.Dataset]) -> list[xr.Dataset]:
-    if isinstance(scenes, xr.Dataset):
-        return [scenes]
+def _planes(spec: ModelSpec, shape: tuple[int, int]) -> tuple[Plane, ...]:
+    """Return the channels of a model that a scene of `shape` does not have."""
+    if spec.centering != "local":
+        return ()
+    level = partial(local_level, chip_px=spec.chip_size)
+    return (Plane("dsm_level", ("dsm",), level, LevelRegion(spec.chip_size, shape)),)
+
+
+def _stds(dsm: Any, ys: Any, xs: Any, size: int) -> list[float]:
+    """Return the standard deviation of heights of those chips that are half valid."""
+    found = []
+    for y, x in zip(ys, xs, strict=True):
+        values = dsm[y : y + size, x : x + size]
+        heights = values[np.isfinite(values)].astype(np.float64)
+        if 2 * heights.size >= values.size:
+            found.append(float(np.float32(heights.std())))
+    return found
+
+
+def _moments(layer: Any) -> list[float]:
+    """Return count, sum and sum of squares of the finite values."""
+    values = layer[np.isfinite(layer)].astype(np.float64)
+    return [float(values.size), float(values.sum()), float(np.dot(values, values))]
+
+
+def _named(
+    scenes: xr.Dataset | xr.DataTree | Sequence[xr.Dataset],
+) -> tuple[list[str], list[xr.Dataset]]:
+    """Return the scenes and their names, all different."""
     if isinstance(scenes, xr.DataTree):
-        return [node.to_dataset() for node in scenes.leaves]
-    if not scenes:
+        nodes = [node for node in scenes.leaves if node.has_data]
+        return [node.path.strip("/") or "scene" for node in nodes], [n.to_dataset() for n in nodes]
+    listed = [scenes] if isinstance(scenes, xr.Dataset) else list(scenes)
+    if not listed:
         raise ValueError("no scene to train on: pass [ds, ...]")
-    return list(scenes)
-
-
-def _name_of(ds: xr.Dataset, index: int) -> str:
-    return str(ds.attrs.get("name") or ds.attrs.get("title") or f"scene {index}")
+    names: list[str] = []
+    for i, ds in enumerate(listed):
+        name = str(ds.attrs.get("name") or ds.attrs.get("title") or f"scene {i}")
+        names.append(name if name not in names else f"{name} ({i})")
+    return names, listed

@@ -27,13 +27,13 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from deepdem.chips import split_scene
 from deepdem.data import ChipDataModule
 from deepdem.derive import prepare
 from deepdem.evaluate import evaluate
 from deepdem.modelfile import read_model
 from deepdem.refine import refine
 from deepdem.sources.synthetic import synthetic_scene
+from deepdem.splits import split_scene
 from deepdem.store import open_scene
 from deepdem.train import DeepDEM
 

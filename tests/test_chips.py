@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepdem.blocks import Box
-from deepdem.chips import dsm_scale, split_scene
+from deepdem.chips import dsm_scale
+from deepdem.splits import split_scene
 
 
 def test_chips_are_xbatcher_s_and_reach_the_far_edges(scene, no_compute):

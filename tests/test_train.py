@@ -119,7 +119,7 @@ def test_several_scenes_and_a_tree(scene):
     tree = xr.DataTree.from_dict({"a": scene, "b": scene.isel(y=slice(0, 150))})
     data = _data(tree)
     _trainer(max_epochs=1, limit_train_batches=1).fit(_model(), data)
-    assert {i for i, *_ in data.train_chips.places} == {0, 1}
+    assert {region.scene for region in data.regions["train"]} == {0, 1}
 
 
 def test_masked_pixels_do_not_count():

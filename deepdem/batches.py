@@ -1,0 +1,199 @@
+"""Batches of chips, made in this process or in others that open the stores themselves.
+
+An item of the datasets here is a whole batch, asked for by epoch and number. Worker processes are
+started fresh (forkserver or spawn), never forked from a process that has threads: those hang.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from deepdem.regions import Opened, Region
+from deepdem.sampling import Chip, FixedChip, Plan, Stream
+
+__all__ = [
+    "LANES",
+    "Batch",
+    "FixedBatches",
+    "TrainBatches",
+    "TrainLoader",
+    "fixed_loader",
+    "train_loader",
+]
+
+#: A batch: "layers" (n, channel, y, x), as `ModelSpec.channels` names them, and "target"
+#: (n, y, x); float32, raw units, NaN for no data.
+Batch: TypeAlias = "dict[str, Tensor]"
+
+#: Streams of a process: 1, 2 or 4 workers can share them out and read no pixel twice.
+LANES = 4
+#: A worker that gives nothing for so long is said to have failed. Seconds.
+_PATIENCE = 900
+
+
+def _batch(chips: Sequence[Chip], size: int) -> Batch:
+    region = chips[0][0].region
+    layers = torch.empty(len(chips), len(region.layers), size, size)
+    target = torch.empty(len(chips), size, size)
+    into, truth = layers.numpy(), target.numpy()
+    for k, (opened, chip) in enumerate(chips):
+        out: dict[str, NDArray[np.float32]] = dict(zip(region.layers, into[k], strict=True))
+        out[region.target] = truth[k]
+        opened.crop(chip, out)
+    return {"layers": layers, "target": target}
+
+
+@dataclass
+class _Running:
+    """A stream, and how many batches have been taken of it."""
+
+    epoch: int
+    taken: int
+    stream: Stream
+
+
+class TrainBatches(Dataset[Batch]):
+    """Training batches: item (epoch, number). Chips are drawn and moved anew in each epoch."""
+
+    def __init__(self, regions: Sequence[Region], plan: Plan, *, batch_size: int, chips: int):
+        self.regions, self.plan = list(regions), plan
+        self.batch_size = min(batch_size, chips)
+        self._count = max(1, chips // batch_size)
+        self._running: dict[int, _Running] = {}
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_running": {}}
+
+    def __getitem__(self, index: int | tuple[int, int]) -> Batch:
+        epoch, number = index if isinstance(index, tuple) else (0, index)
+        position, which = divmod(number, self.plan.streams)
+        running = self._running.get(which)
+        if running is None or running.epoch != epoch or running.taken > position:
+            self._running.pop(which, None)  # its tiles go before new ones come
+            stream = Stream(self.regions, self.plan, epoch=epoch, number=which)
+            running = self._running[which] = _Running(epoch, 0, stream)
+        for _ in range(position - running.taken):
+            running.stream.take(self.batch_size)
+        running.taken = position + 1
+        return _batch(running.stream.take(self.batch_size), self.plan.size)
+
+
+class FixedBatches(Dataset[Batch]):
+    """Batches of chips that stand still, the same in the same order each time: item number.
+
+    Neighbouring batches are dealt to lanes, so that workers do not read each other's tiles.
+    """
+
+    def __init__(self, regions: Sequence[Region], chips: Sequence[FixedChip], *, batch_size: int):
+        self.regions = list(regions)
+        cuts = [chips[i : i + batch_size] for i in range(0, len(chips), batch_size)]
+        lanes = np.array_split(np.arange(len(cuts)), LANES)
+        order = [int(n) for row in zip_longest(*lanes) for n in row if n is not None]
+        self._batches = [list(cuts[n]) for n in order]
+        self._opened: tuple[int, Opened] | None = None
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    @property
+    def chips(self) -> list[FixedChip]:
+        """All chips, in the order they are given."""
+        return [chip for batch in self._batches for chip in batch]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": None}
+
+    def __getitem__(self, index: int) -> Batch:
+        chips = self._batches[index]
+        return _batch([(self._open(chip), chip.box) for chip in chips], chips[0].box.shape[0])
+
+    def _open(self, chip: FixedChip) -> Opened:
+        """Return the tile that a chip is in; the last one is kept."""
+        if self._opened is None or self._opened[0] != chip.region:
+            self._opened = None
+        if self._opened is None or self._opened[1].box != chip.tile:
+            self._opened = chip.region, self.regions[chip.region].open(chip.tile)
+        return self._opened[1]
+
+
+class _Numbers(DistributedSampler[Batch]):
+    """Which training batches this process sees: all, or of several processes every so-many-th.
+
+    Of Lightning's kind of sampler, so that a strategy of many devices takes it as it is; and it
+    can begin in the middle of an epoch.
+    """
+
+    def __init__(self, batches: TrainBatches, *, world: int, rank: int):
+        super().__init__(batches, num_replicas=world, rank=rank, shuffle=False, drop_last=True)
+        self.begin = 0
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]  # what its batches are asked for by
+        mine = range(self.rank, self.total_size, self.num_replicas)[self.begin :]
+        self.begin = 0
+        return iter([(self.epoch, number) for number in mine])
+
+
+class TrainLoader(DataLoader[Batch]):
+    """A DataLoader over training batches, which can be resumed in the middle of an epoch."""
+
+    def __iter__(self) -> Any:
+        self._seen = self.sampler.begin if isinstance(self.sampler, _Numbers) else 0
+        return self._counted(super().__iter__())
+
+    def _counted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            self._seen += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the epoch and how many of its batches have been given out; Lightning keeps it."""
+        assert isinstance(self.sampler, _Numbers)
+        return {"epoch": self.sampler.epoch, "batch": getattr(self, "_seen", 0)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where the state was taken, if that was in the epoch that is about to begin."""
+        assert isinstance(self.sampler, _Numbers)
+        if state["epoch"] == self.sampler.epoch and state["batch"] < len(self):
+            self.sampler.begin = state["batch"]
+
+
+def train_loader(
+    batches: TrainBatches, *, workers: int, epoch: int = 0, world: int = 1, rank: int = 0
+) -> TrainLoader:
+    """Return a loader of training batches that has `workers` processes of its own; 0: none.
+
+    It begins at `epoch`. Of `world` training processes this one is number `rank`.
+    """
+    sampler = _Numbers(batches, world=world, rank=rank)
+    sampler.set_epoch(epoch)
+    return TrainLoader(batches, batch_size=None, sampler=sampler, **_processes(workers))
+
+
+def fixed_loader(batches: FixedBatches, *, workers: int) -> DataLoader[Batch]:
+    """Return a loader of the same batches in the same order; for many devices Lightning deals."""
+    return DataLoader(batches, batch_size=None, **_processes(workers))
+
+
+def _processes(workers: int) -> dict[str, Any]:
+    if not workers:
+        return {}
+    methods = multiprocessing.get_all_start_methods()
+    return {
+        "num_workers": workers,
+        "multiprocessing_context": "forkserver" if "forkserver" in methods else "spawn",
+        "persistent_workers": True,
+        "timeout": _PATIENCE,
+    }

@@ -1,0 +1,252 @@
+"""Parts of scenes as arrays in memory: read box by box, from wherever the scene is.
+
+What is stored (Zarr on a disk, in a bucket, in memory; a file) is read without Dask: a process
+that receives a region opens the store by itself and reads what it needs. What is computed goes
+through Dask. What fits in memory can be held there, shared between processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import torch
+import xarray as xr
+from dask.array.core import getter
+from dask.base import compute
+from dask.system import CPU_COUNT
+from numpy.typing import NDArray
+from torch.utils.data import get_worker_info
+
+from deepdem.blocks import Box, Kernel, stored_source
+from deepdem.splits import Part
+
+__all__ = ["Opened", "Plane", "Region", "SceneReader"]
+
+#: What is read at once when a region is taken into memory: a shard.
+_BLOCK_PX = 2048
+
+
+@dataclass(frozen=True)
+class Plane:
+    """A layer that a scene does not have: float32, computed from others where chips are read.
+
+    Attributes
+    ----------
+    name
+        What it is called among the layers.
+    inputs
+        The layers that it is computed from.
+    kernel
+        As in `map_regions`: ``kernel(arrays, out=Box, region=Box)``, boxes in pixels of the scene,
+        gives the plane over `out`. Processes must be able to receive it: no lambda.
+    region
+        Takes the box that is wanted, gives the box of the inputs that it needs; it is clipped to
+        the scene.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    kernel: Kernel
+    region: Callable[[Box], Box]
+
+
+class SceneReader:
+    """Reads boxes of a scene's layers as float32; boxes are in pixels of the scene."""
+
+    def __init__(self, ds: xr.Dataset, names: Sequence[str]):
+        self.shape: tuple[int, int] = (ds.sizes["y"], ds.sizes["x"])
+        self._stored: dict[str, tuple[Any, int, int]] = {}
+        self._other: dict[str, xr.Variable] = {}
+        for name in names:
+            variable = ds[name].variable
+            data = variable.data if variable.chunks is not None else None
+            source = stored_source(data) if isinstance(data, da.Array) else None
+            if source is not None:
+                self._stored[name] = source
+            else:
+                self._other[name] = variable
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether every layer is read from where it is stored, without Dask."""
+        return not self._other
+
+    def in_memory(self, name: str) -> NDArray[np.float32] | None:
+        """Return the whole layer if it is a float32 array in memory, else None."""
+        variable = self._other.get(name)
+        if variable is None or not variable._in_memory or variable.dtype != np.float32:
+            return None
+        values: NDArray[np.float32] = variable.values
+        return values
+
+    def read(self, names: Sequence[str], box: Box) -> list[NDArray[np.float32]]:
+        """Return the layers over a box, one array each."""
+        there = slice(box.y0, box.y1), slice(box.x0, box.x1)
+        found: dict[str, Any] = {}
+        for name in names:
+            if name in self._stored:
+                array, y, x = self._stored[name]
+                moved = slice(box.y0 + y, box.y1 + y), slice(box.x0 + x, box.x1 + x)
+                found[name] = getter(array, moved)
+            else:
+                found[name] = self._other[name][there].data
+        # In a worker the other cores have their own work, and a cluster is out of reach.
+        options = {"scheduler": "synchronous"} if get_worker_info() is not None else {}
+        (values,) = compute([found[name] for name in names], **options)
+        return [np.asarray(v, dtype=np.float32) for v in values]
+
+    def read_into(self, out: Mapping[str, NDArray[np.float32]], box: Box) -> None:
+        """Read the layers over a box into arrays of the box's shape."""
+        targets = {n: out[n] for n in out if n in self._other}
+        there = slice(box.y0, box.y1), slice(box.x0, box.x1)
+        lazy = {n: self._other[n][there].data for n in targets}
+        if chunked := [n for n in targets if isinstance(lazy[n], da.Array)]:
+            # All at once: layers that come of one another are computed once.
+            da.store(
+                [lazy[n].astype(np.float32) for n in chunked], [targets[n] for n in chunked],
+                lock=False,
+            )  # fmt: skip
+        for name in targets.keys() - set(chunked):
+            targets[name][:] = lazy[name]
+        blocks = [
+            Box(y, min(y + _BLOCK_PX, box.y1), x, min(x + _BLOCK_PX, box.x1))
+            for y, x in product(_steps(box.y0, box.y1), _steps(box.x0, box.x1))
+        ]
+
+        def one(job: tuple[str, Box]) -> None:
+            name, block = job
+            (values,) = self.read([name], block)
+            out[name][block.within(box)] = values
+
+        with ThreadPoolExecutor(CPU_COUNT) as threads:
+            list(threads.map(one, product([n for n in out if n in self._stored], blocks)))
+
+
+def _steps(lo: int, hi: int) -> list[int]:
+    """Return where blocks begin: at `lo`, and then where shards of the scene do."""
+    return [lo, *range((lo // _BLOCK_PX + 1) * _BLOCK_PX, hi, _BLOCK_PX)]
+
+
+class Opened:
+    """What was read of a region: gives chips of it. The truth is read first, the rest at need."""
+
+    def __init__(self, region: Region, box: Box):
+        self.region, self.box = region, box
+        heights = region.read(("dsm", region.target), box)
+        self._arrays = dict(zip(("dsm", region.target), heights, strict=True))
+        inside = region.part.inside(box)
+        if inside is not None:
+            truth = self._arrays[region.target]
+            self._arrays[region.target] = np.where(inside, truth, np.float32(np.nan))
+        #: Where both the DSM and the truth are there.
+        self.usable: NDArray[np.bool_] = np.isfinite(self.dsm) & np.isfinite(self.truth)
+        self._rest = [n for n in region.names if n not in self._arrays]
+
+    @property
+    def dsm(self) -> NDArray[np.float32]:
+        """The initial surface, metres."""
+        return self._arrays["dsm"]
+
+    @property
+    def truth(self) -> NDArray[np.float32]:
+        """The truth, metres; NaN outside the region's part of the scene."""
+        return self._arrays[self.region.target]
+
+    def _complete(self) -> None:
+        if self._rest:
+            values = self.region.read(self._rest, self.box)
+            self._arrays.update(zip(self._rest, values, strict=True))
+            self._rest = []
+
+    def layer(self, name: str) -> NDArray[np.float32]:
+        """Return a layer over all that was opened."""
+        if name not in self._arrays:
+            self._complete()
+        return self._arrays[name]
+
+    def crop(self, chip: Box, out: Mapping[str, NDArray[np.float32]]) -> None:
+        """Write a chip into `out`: a 2-D array for each layer and the truth, by name."""
+        self._complete()
+        place = chip.within(self.box)
+        for name, array in out.items():
+            array[:] = self._arrays[name][place]
+
+
+class Region:
+    """A part of a scene, with the layers and the truth that chips of it have.
+
+    Layers that are the name of a plane are computed, the others read.
+    """
+
+    def __init__(
+        self, reader: SceneReader, part: Part, layers: Sequence[str], target: str,
+        planes: Sequence[Plane] = (), *, scene: int = 0,
+    ):  # fmt: skip
+        self.reader, self.part, self.scene = reader, part, scene
+        self.layers, self.target, self.planes = tuple(layers), target, tuple(planes)
+        self.held: dict[str, torch.Tensor] | None = None
+
+    @property
+    def box(self) -> Box:
+        """The pixels of the scene in which chips may lie."""
+        return self.part.box
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The layers, planes among them, the DSM and the truth."""
+        return tuple(dict.fromkeys((*self.layers, "dsm", self.target)))
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes in memory."""
+        return 4 * len(self.names) * self.box.shape[0] * self.box.shape[1]
+
+    def hold(self, *, shared: bool) -> None:
+        """Take the region into memory; `shared`: into memory that worker processes can see."""
+        there = self.box.within(Box(0, self.reader.shape[0], 0, self.reader.shape[1]))
+        held, read = {}, {}
+        for name in self.names:
+            array = None if shared or self._plane(name) else self.reader.in_memory(name)
+            if array is not None:
+                held[name] = torch.from_numpy(array[there])
+                continue
+            held[name] = torch.empty(self.box.shape)
+            if shared:
+                held[name].share_memory_()  # type: ignore[no-untyped-call]  # of torch
+            if not self._plane(name):
+                read[name] = held[name].numpy()
+        self.reader.read_into(read, self.box)
+        for plane in self.planes:
+            if plane.name in held:
+                held[plane.name].numpy()[:] = self._compute(plane, self.box)
+        self.held = held
+
+    def _plane(self, name: str) -> Plane | None:
+        return next((plane for plane in self.planes if plane.name == name), None)
+
+    def _compute(self, plane: Plane, out: Box) -> NDArray[np.float32]:
+        height, width = self.reader.shape
+        needed = plane.region(out).intersect(Box(0, height, 0, width))
+        arrays = self.reader.read(plane.inputs, needed)
+        return np.asarray(plane.kernel(arrays, out=out, region=needed), dtype=np.float32)
+
+    def read(self, names: Sequence[str], box: Box) -> list[NDArray[np.float32]]:
+        """Return layers over a box of the scene; views of what is held."""
+        if self.held is not None:
+            place = box.within(self.box)
+            return [self.held[name].numpy()[place] for name in names]
+        planes = {name: plane for name in names if (plane := self._plane(name))}
+        plain = [name for name in names if name not in planes]
+        found = dict(zip(plain, self.reader.read(plain, box), strict=True))
+        found |= {name: self._compute(plane, box) for name, plane in planes.items()}
+        return [found[name] for name in names]
+
+    def open(self, box: Box) -> Opened:
+        """Return what lies in a box of the scene, to take chips of it."""
+        return Opened(self, box)
