@@ -181,6 +181,12 @@ def settle(arrays: Sequence[da.Array]) -> list[da.Array]:
     # would be made twice.
     keys = [key for array in arrays for key in core.flatten(array.__dask_keys__())]
     tasks = cull(convert_legacy_graph(dict(HighLevelGraph(layers, needs))), keys)[0]
+    # Dask's order passes over data that many tasks need, but finishes one by one the many that wait
+    # for a task, all of them before any other layer.
+    for key, task in tasks.items():
+        if isinstance(task, Task) and task.func is _keywords:
+            held = {need: tasks[need].value for need in task.dependencies}
+            tasks[key] = DataNode(key, task(held))
     return [da.Array(tasks, array.name, array.chunks, meta=array._meta) for array in arrays]
 
 

@@ -373,6 +373,7 @@ def regrid(array: xr.DataArray, grid: GeoBox, *, resampling: str, chunks: int) -
         region=region,
         dtype=np.float32,
         name=f"regrid-{array.name}",
+        direct=True,
         common={"source": source, "target": grid, "resampling": resampling, "zoom": zoom}
         if shift is None
         else {"shift": shift},

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import dask
-import dask.base
 import xarray as xr
 import zarr
 from zarr.codecs import BloscCodec
@@ -78,15 +78,35 @@ def scene_to_zarr(
         _in_one_pass(ds.chunk({"y": sizes[0], "x": sizes[1]})),
         inner=(INNER_PX, INNER_PX), shards=sizes,
     )  # fmt: skip
-    # Fused with what makes it, a chunk would be made once to be stored and once to be counted.
-    with dask.config.set({"optimization.fuse.active": False}):
-        writing = out.to_zarr(
-            target, group=group, mode="w" if overwrite else "w-", encoding=encoding,
-            zarr_format=3, consolidated=False, compute=False,
-        )  # fmt: skip
-    _, found = dask.base.compute(writing, plan_statistics(out, pixel_size_m=pixel_size_m(box)))
-    zarr.open_group(target, path=group or "", mode="r+").attrs[STATISTICS] = found
+    # Metadata and coordinates; the layers are written below, and counted as they pass.
+    out.to_zarr(
+        target, group=group, mode="w" if overwrite else "w-", encoding=encoding, zarr_format=3,
+        consolidated=False, compute=False,
+    )  # fmt: skip
+    writer = _ChunkWriter(target, group)
+    found = plan_statistics(out, pixel_size_m=pixel_size_m(box), store=writer).compute()
+    writer.open().attrs[STATISTICS] = found
     mark_complete(target, group)
+
+
+@dataclass(frozen=True)
+class _ChunkWriter:
+    """Writes a chunk of each layer into a group, opened anew in each task: any process may run it.
+
+    Chunks are shards: no two tasks write one file.
+    """
+
+    store: Any
+    group: str | None
+
+    def open(self) -> zarr.Group:
+        return zarr.open_group(self.store, path=self.group or "", mode="r+", use_consolidated=False)
+
+    def __call__(self, place: tuple[slice, slice], layers: Mapping[str, Any]) -> None:
+        group = self.open()
+        for name, block in layers.items():
+            array: Any = group[name]
+            array[place] = block.astype(array.dtype, copy=False)
 
 
 def _in_one_pass(ds: xr.Dataset) -> xr.Dataset:

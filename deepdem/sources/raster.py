@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from os import PathLike, fspath
+from pathlib import Path
 from typing import Any, TypeAlias
 
+import dask.array as da
 import numpy as np
 import rasterio
 import rasterio.errors
 import rioxarray
 import xarray as xr
 from affine import Affine
+from dask.base import tokenize
+from numpy.typing import NDArray
 from odc.geo.geobox import GeoBox
 from odc.geo.xr import xr_coords
 
@@ -76,7 +81,7 @@ def open_layer(name: str, source: RasterSource, *, chunks: int = 2048) -> xr.Dat
     else:
         path, band = source if isinstance(source, tuple) else (source, None)
         what = fspath(path)
-        array = _mask_nodata(_plane(name, _open(name, what, chunks), what, band))
+        array = _read_by_window(_plane(name, _open(name, what), what, band), what, band, chunks)
     if array.rio.crs is None:
         raise ValueError(_NO_CRS.format(name=name, what=what))
     geobox = geobox_of(array)
@@ -144,17 +149,56 @@ def geobox_of(data: xr.DataArray | xr.Dataset) -> GeoBox | None:
     return box if isinstance(box, GeoBox) else None
 
 
-def _open(name: str, path: str, chunks: int) -> xr.DataArray:
+@dataclass(frozen=True)
+class _Pixels:
+    """A band of a raster on disk as an array of float32 that is read window by window.
+
+    NaN where there is no data, the packing undone. Dask knows it as something stored: whoever needs
+    a region across chunks reads just that (`deepdem.blocks.map_regions`), and no chunk is kept for
+    a neighbour. The file is opened for each window: GDAL's cache of its blocks, up to a twentieth
+    of the machine's memory, ends with it.
+    """
+
+    path: str
+    band: int
+    shape: tuple[int, int]
+    token: str
+    dtype = np.dtype(np.float32)
+    ndim = 2
+
+    def __getitem__(self, key: tuple[slice, slice]) -> NDArray[np.float32]:
+        spans = [range(n)[part] for n, part in zip(self.shape, key, strict=True)]
+        if not all(map(len, spans)):
+            return np.empty(tuple(map(len, spans)), np.float32)
+        rows, columns = ((min(s[0], s[-1]), max(s[0], s[-1]) + 1) for s in spans)
+        with rasterio.open(self.path) as file:
+            read = file.read(self.band, window=(rows, columns), masked=True)
+            scale, offset = file.scales[self.band - 1], file.offsets[self.band - 1]
+        values: NDArray[np.float32] = np.ma.filled(read.astype(np.float32), np.nan)
+        if (scale, offset) != (1.0, 0.0):
+            values *= np.float32(scale)
+            values += np.float32(offset)
+        return values[:: spans[0].step, :: spans[1].step]
+
+    def __dask_tokenize__(self) -> str:
+        return self.token
+
+
+def _read_by_window(plane: xr.DataArray, path: str, band: int | None, chunks: int) -> xr.DataArray:
+    file = Path(path)
+    token = tokenize(path, file.stat().st_mtime_ns if file.exists() else None, band, plane.shape)
+    pixels = _Pixels(path, band or 1, (plane.shape[0], plane.shape[1]), token)
+    return plane.copy(data=da.from_array(pixels, chunks=chunks, asarray=False, fancy=False))
+
+
+def _open(name: str, path: str) -> xr.DataArray:
     try:
         with warnings.catch_warnings():
             # The missing geotransform is reported below, with the layer's name and the cure.
             warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-            # lock=False: each chunk may be read through a file handle of its own thread. Old
-            # GeoTIFFs keep the vertical part of their CRS to themselves unless they are asked.
+            # Old GeoTIFFs keep the vertical part of their CRS to themselves unless they are asked.
             with rasterio.Env(GTIFF_REPORT_COMPD_CS=True):
-                opened = rioxarray.open_rasterio(
-                    path, chunks={"y": chunks, "x": chunks}, masked=True, lock=False
-                )
+                opened = rioxarray.open_rasterio(path, masked=True, lock=False, cache=False)
     except rasterio.errors.RasterioIOError as error:
         raise FileNotFoundError(
             f"layer {name!r}: {path} could not be opened as a raster ({error}): check the path"
