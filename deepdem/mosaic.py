@@ -87,7 +87,7 @@ class Windows:
     def parts(self, out: Box) -> list[Part]:
         """Return the windows that touch `out`, row by row, and what of each must be computed."""
         return [
-            (Box(y, y + self.width, x, x + self.width),
+            (Box(y, self.grid.y.end(y), x, self.grid.x.end(x)),
              Box(*self.grid.y.part(y, out.y0, out.y1, self.reach_px),
                  *self.grid.x.part(x, out.x0, out.x1, self.reach_px)))
             for y in self.grid.y.starts(out.y0, out.y1).tolist()
@@ -292,7 +292,7 @@ def _fill(
 def _batch(
     channels: Sequence[NDArray[Any]], parts: Sequence[Box], region: Box
 ) -> NDArray[np.float32]:
-    """Return windows (n, channel, y, x); beyond the far edge of a small scene it is mirrored."""
+    """Return windows (n, channel, y, x); beyond the scene's far edge it is mirrored."""
     shape = parts[0].shape
     batch = np.empty((len(parts), len(channels), *shape), dtype=np.float32)
     for n, part in enumerate(parts):

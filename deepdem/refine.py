@@ -216,7 +216,7 @@ def _windows(
     """
     spec = specs[0]
     step = min(one.window_step for one in specs)
-    width = _window_px(shape, spec, window, step)
+    width = _window_px(spec, window, step)
     if isinstance(overlap, str):
         if overlap != "auto":
             raise ValueError(f"overlap={overlap!r}: pass 'auto', a fraction or pixels")
@@ -228,20 +228,17 @@ def _windows(
         stride = max(stride // step, 1) * step
     line = tuple(map(float, blend_weights(blend, width)))
     return Windows(
-        window_grid(shape, width, stride, step or 1),
+        window_grid(shape, width, stride, step),
         line,
         max(one.reach_px for one in specs) if step and not whole else math.inf,
         spec.chip_size if spec.centering == "local" else None,
     )
 
 
-def _window_px(shape: tuple[int, int], spec: Any, window: int | None, step: int) -> int:
+def _window_px(spec: Any, window: int | None, step: int) -> int:
     chip: int = spec.chip_size
     if window is None:
-        if not step:
-            return chip
-        # A small scene is one window, padded to no more than it must.
-        return max(chip, min(_WINDOW_PX // step * step, -(-max(shape) // step) * step))
+        return max(chip, _WINDOW_PX // step * step) if step else chip
     if not step and window != chip:
         why = (
             f"the model is centred on chips of {chip} px"
@@ -264,9 +261,9 @@ def _window_px(shape: tuple[int, int], spec: Any, window: int | None, step: int)
 def _auto_overlap(specs: Sequence[Any], width: int) -> float:
     if not all(spec.is_local for spec in specs):
         return 0.25
-    # What the window's edge does to a result is over at the reach, and most of it long before.
+    # What a window's edge does to a result is over at the reach, and most of it long before.
     reach: float = max(spec.reach_px for spec in specs)
-    return int(min(2 * reach, width // 4))
+    return int(min(reach, width // 8))
 
 
 def _networks(model: Any) -> list[Any]:

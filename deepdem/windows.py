@@ -124,45 +124,51 @@ def overlap_px(overlap: float, window_px: int) -> int:
 
 @dataclass(frozen=True)
 class Axis:
-    """The windows along one axis of a scene: every `stride_px`, the last one moved inward.
+    """The windows along one axis of a scene: every `stride_px`, the last one moved inward or cut.
 
     Attributes
     ----------
     length_px
-        The scene's length. Shorter than a window: there is one window, which starts at 0, and
-        the caller pads (see `padded_px`).
+        The scene's length. The caller pads what is too short (see `padded_px`).
     window_px, stride_px
         The window's width and the step from one to the next.
     step_px
-        Windows start at multiples of it, the last one too: the scene is padded to a multiple.
+        0: all windows are equally wide, and the last one is moved inward. Else windows may be as
+        narrow as this, and begin and end at multiples of it: the last one ends with the scene.
     """
 
     length_px: int
     window_px: int
     stride_px: int
-    step_px: int = 1
+    step_px: int = 0
 
     @property
     def padded_px(self) -> int:
         """The length with the padding that a small scene, or its last window, needs."""
-        whole = -(-self.length_px // self.step_px) * self.step_px
-        return max(whole, self.window_px)
+        if self.step_px:
+            return -(-self.length_px // self.step_px) * self.step_px
+        return max(self.length_px, self.window_px)
 
     @property
     def count(self) -> int:
         """How many windows there are."""
-        return -(-(self.padded_px - self.window_px) // self.stride_px) + 1
+        return -(-max(self.padded_px - self.window_px, 0) // self.stride_px) + 1
 
     def start(self, index: int) -> int:
         """Return the first pixel of window `index`."""
-        return min(index * self.stride_px, self.padded_px - self.window_px)
+        regular = index * self.stride_px
+        return regular if self.step_px else min(regular, self.padded_px - self.window_px)
+
+    def end(self, start: int) -> int:
+        """Return the pixel after the last one of the window that begins at `start`."""
+        return min(start + self.window_px, self.padded_px)
 
     def covering(self, lo: int, hi: int) -> range:
         """Return the indices of all windows that touch pixels [lo, hi)."""
         first = max(0, (lo - self.window_px) // self.stride_px + 1)
         last = min(self.count - 1, (hi - 1) // self.stride_px)
         # The last window is moved inward, so it may reach pixels before its place on the grid.
-        if hi > self.padded_px - self.window_px:
+        if not self.step_px and hi > self.padded_px - self.window_px:
             last = self.count - 1
         return range(min(first, last), last + 1)
 
@@ -176,8 +182,8 @@ class Axis:
         A network that feels no further than `reach_px` gives the same there from a part of the
         window, if the part begins and ends at a multiple of the step.
         """
-        first, last, step = start, start + self.window_px, self.step_px
-        if math.isfinite(reach_px):
+        first, last, step = start, self.end(start), self.step_px
+        if step and math.isfinite(reach_px):
             reach = int(reach_px)
             first = max(first, (lo - reach) // step * step)
             last = min(last, -(-(hi + reach) // step) * step)
@@ -205,7 +211,7 @@ class Grid:
 
 
 @lru_cache(maxsize=32)
-def window_grid(shape: tuple[int, int], window_px: int, stride_px: int, step_px: int = 1) -> Grid:
+def window_grid(shape: tuple[int, int], window_px: int, stride_px: int, step_px: int = 0) -> Grid:
     """Return the grid of windows over a scene of `shape` (y, x)."""
     y, x = (Axis(length, window_px, stride_px, step_px) for length in shape)
     return Grid(y, x)

@@ -23,7 +23,7 @@ class Cut:
     blend: str
     batch: int
     seed: int
-    step_px: int = 1
+    step_px: int = 0
     reach_px: float = math.inf
     level_px: int | None = None
 
@@ -49,7 +49,7 @@ def cuts(draw: st.DrawFn, *, local: bool = False) -> Cut:
         blend=draw(st.sampled_from(sorted(BLENDS))),
         batch=draw(st.integers(1, 9)),
         seed=draw(st.integers(0, 2**16)),
-        step_px=step,
+        step_px=step if local else 0,
         reach_px=step * draw(st.integers(1, 3)) if local else math.inf,
         level_px=draw(st.sampled_from((4, 16, 48))) if local else None,
     )

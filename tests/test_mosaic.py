@@ -67,7 +67,8 @@ def _naive(dsm: np.ndarray, cut: Cut) -> np.ndarray:
     height, width = dsm.shape
     window, stride = cut.window_px, cut.window_px - cut.overlap_px
     seen = [dsm] if cut.level_px is None else [dsm, _level(dsm, cut.level_px)]
-    wholes = [max(-(-n // cut.step_px) * cut.step_px, window) for n in dsm.shape]
+    step = cut.step_px
+    wholes = [-(-n // step) * step if step else max(n, window) for n in dsm.shape]
     padded = np.pad(
         np.stack(seen).astype(np.float32),
         ((0, 0), (0, wholes[0] - height), (0, wholes[1] - width)), mode="reflect",
@@ -76,17 +77,20 @@ def _naive(dsm: np.ndarray, cut: Cut) -> np.ndarray:
     total, norm = np.zeros(wholes, np.float64), np.zeros(wholes, np.float64)
 
     def starts(n: int) -> list[int]:
+        if step:  # until one ends with the scene, which it may cut
+            return [0, *(s for s in range(stride, n, stride) if s - stride + window < n)]
         return sorted({*range(0, n - window, stride), n - window})
 
     for y in starts(wholes[0]):
         for x in starts(wholes[1]):
-            there = slice(y, y + window), slice(x, x + window)
+            there = slice(y, min(y + window, wholes[0])), slice(x, min(x + window, wholes[1]))
             batch = padded[:, *there][None]
             if not np.isfinite(batch[:, 0]).any():
                 continue
             residual = _fake(batch) if cut.level_px is None else _fake_local(batch, cut)
-            total[there] += residual[0] * np.outer(line, line)
-            norm[there] += np.outer(line, line)
+            weight = np.outer(line, line)[: residual.shape[1], : residual.shape[2]]
+            total[there] += residual[0] * weight
+            norm[there] += weight
     with np.errstate(invalid="ignore"):
         residual = (total / norm)[:height, :width]
     return np.where(np.isfinite(dsm), dsm + residual, np.nan)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -30,6 +32,31 @@ def test_covering_finds_exactly_the_windows_that_touch(length, window, data):
     wanted = [s for s in (axis.start(i) for i in range(axis.count)) if s < hi and s + window > lo]
     assert list(axis.starts(lo, hi)) == wanted
     assert axis.span(lo, hi) == (wanted[0], wanted[-1] + window)
+
+
+@given(st.integers(1, 500), st.sampled_from((1, 8, 32)), st.integers(1, 9), st.data())
+def test_windows_of_any_width_stand_on_multiples_and_end_with_the_scene(length, step, wide, data):
+    window = step * wide
+    stride = step * data.draw(st.integers(1, wide))
+    axis = Axis(length, window, stride, step)
+    windows = [(s, axis.end(s)) for s in map(axis.start, range(axis.count))]
+    assert [s for s, _ in windows] == list(range(0, stride * axis.count, stride))
+    assert windows[-1][1] == axis.padded_px == -(-length // step) * step
+    assert all(e - s == window for s, e in windows[:-1])
+    # No window lies within the one before it, and none leaves a gap.
+    assert all(b <= e < f for (_, e), (b, f) in pairwise(windows))
+    lo = data.draw(st.integers(0, length - 1))
+    hi = data.draw(st.integers(lo + 1, length))
+    wanted = [(s, e) for s, e in windows if s < hi and e > lo]
+    assert list(axis.starts(lo, hi)) == [s for s, _ in wanted]
+    assert axis.span(lo, hi) == (wanted[0][0], wanted[-1][1])
+    reach = data.draw(st.integers(0, 100))
+    for start, end in wanted:
+        first, last = axis.part(start, lo, hi, reach)
+        assert start <= first < last <= end
+        assert first % step == last % step == 0
+        assert first == start or lo - reach - step < first <= lo - reach
+        assert last == end or hi + reach <= last < hi + reach + step
 
 
 @pytest.mark.parametrize("name", sorted(BLENDS))
