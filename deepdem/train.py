@@ -20,7 +20,15 @@ from deepdem.data import Batch, Statistics
 from deepdem.modelfile import read_model, write_model
 from deepdem.models import OWN, ModelSpec, ResidualNet, build_network, for_inference
 from deepdem.monitor import ErrorStatistics, picture
-from deepdem.recipes import LOSSES, SCALE_LOSSES, averaged, fit_temperature, recipe_of, warm_cosine
+from deepdem.recipes import (
+    LOSSES,
+    SCALE_LOSSES,
+    averaged,
+    fit_temperature,
+    flat,
+    recipe_of,
+    warm_cosine,
+)
 
 __all__ = ["DeepDEM", "load_model", "model_of"]
 
@@ -293,8 +301,9 @@ class DeepDEM(pl.LightningModule):
         if recipe.schedule == "step":
             step = rates.StepLR(optimizer, step_size=200)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": step, **every_epoch}}
-        cosine = rates.LambdaLR(optimizer, lambda _: warm_cosine(self._progress()))
-        settings = {"scheduler": cosine, "interval": "step"}
+        share = {"cosine": warm_cosine, "flat": flat}[recipe.schedule]
+        by_step = rates.LambdaLR(optimizer, lambda _: share(self._progress()))
+        settings = {"scheduler": by_step, "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": settings}
 
     def _progress(self) -> float:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from deepdem.recipes import LOSSES, averaged, fit_temperature, recipe_of, warm_cosine
+from deepdem.recipes import LOSSES, averaged, fit_temperature, flat, recipe_of, warm_cosine
 
 
 def _inputs(error):
@@ -82,6 +82,14 @@ def test_schedule():
     assert values[0] < 0.05
     assert max(values) == pytest.approx(1)
     assert values[-1] == pytest.approx(0)
+
+
+def test_a_flat_schedule_is_level_between_its_ends():
+    values = [flat(p) for p in np.linspace(0, 1, 101)]
+    assert values[0] < 0.05
+    assert set(values[5:70]) == {1.0}
+    assert values[85] == pytest.approx(0.5)
+    assert values[-1] == 0
 
 
 def test_the_average_forgets_its_beginning():

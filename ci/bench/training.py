@@ -8,6 +8,7 @@ truth is real lidar (DEEPDEM_DATA) under simulated stereo.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,26 +20,21 @@ from common import Result, data_folder, folder, options, report, table
 import deepdem
 
 LAYERS = ["dsm", "ortho_left", "ortho_right", "triangulation_error", "ndvi"]
+SHORT = ["dsm", "ortho_left", "ortho_right"]  # what the quarry has as well
 SHARE = 0.6  # of a scene's width is trained on
 
 #: What the ablation changes of the default preset.
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
+    "loss l1": {"loss": "l1"},
     "loss huber": {"loss": "huber"},
-    "loss l1_slope": {"loss": "l1_slope"},
+    "schedule cosine": {"schedule": "cosine"},
     "schedule constant": {"schedule": "constant"},
+    "average of weights, 0.98": {"ema": 0.98},
+    "schedule constant, average 0.98": {"ema": 0.98, "schedule": "constant"},
+    "learning rate 1e-3": {"learning_rate": 1e-3},
+    "learning rate 8e-3": {"learning_rate": 8e-3},
     "optimizer adam, no decay": {"optimizer": "adam", "weight_decay": 0.0},
-    "learning rate 5e-4": {"learning_rate": 5e-4},
-    "learning rate 2e-3": {"learning_rate": 2e-3},
-    "learning rate 4e-3": {"learning_rate": 4e-3},
-    "learning rate 4e-3, average 0.99": {"learning_rate": 4e-3, "ema": 0.99},
-    "learning rate 4e-3, average 0.99, constant": {
-        "learning_rate": 4e-3,
-        "ema": 0.99,
-        "schedule": "constant",
-    },
-    "average of weights, 0.99": {"ema": 0.99},
-    "average 0.99, schedule constant": {"ema": 0.99, "schedule": "constant"},
     "flips": {"augment": ("flip",)},
     "flips, turns, swap": {"augment": ("flip", "rotate", "swap")},
     "flips, turns, swap; TTA": {"augment": ("flip", "rotate", "swap"), "tta": True},
@@ -58,6 +54,7 @@ class Case:
     scene: xr.Dataset
     chip_size: int
     steps: int
+    layers: Sequence[str] = tuple(LAYERS)
 
     @property
     def edge(self) -> int:
@@ -70,13 +67,15 @@ class Case:
     def train(self, cache: Path, seed: int, augment: Any = None, **model: Any) -> deepdem.DeepDEM:
         import pytorch_lightning as pl
 
-        words = "-".join(f"{k}={v}" for k, v in sorted({"augment": augment, **model}.items()))
+        words = "-".join(
+            f"{k}={Path(str(v)).name}" for k, v in sorted({"augment": augment, **model}.items())
+        )
         path = cache / f"{self.name}-{self.steps}-{seed}-{words}.safetensors".replace(" ", "_")
         if path.exists():
             return deepdem.load_model(path)
         pl.seed_everything(seed, verbose=False)
         network = deepdem.DeepDEM(
-            LAYERS, architecture="resdepth", options={"start_kernel": 16, "depth": 3},
+            list(self.layers), architecture="resdepth", options={"start_kernel": 16, "depth": 3},
             chip_size=self.chip_size, **model,
         )  # fmt: skip
         data = deepdem.ChipDataModule(
@@ -174,6 +173,39 @@ def ablation(case: Case, cache: Path, seeds: int, words: str) -> None:
     table(("recipe", "MAE (m)", "over default", "spread over seeds (m)"), rows)
 
 
+def quarry(data: Path, chip_size: int, steps: int) -> Case:
+    """The real quarry, levelled by the part that is trained on."""
+    from deepdem.sources.folder import find_layers
+
+    names = {"ortho_1": "ortho_left", "ortho_2": "ortho_right"}
+    scene = deepdem.stack(find_layers(data / "stereo_marseille_quarry"), like="dsm").compute()
+    scene = scene.rename(names)[[*SHORT, "lidar_dsm"]]
+    left = scene.isel(x=slice(0, round(scene.sizes["x"] * SHARE)))
+    offset = np.float32((left.dsm - left.lidar_dsm).median())
+    with xr.set_options(keep_attrs=True):
+        scene = scene.assign(dsm=scene.dsm - offset)
+    return Case("quarry", scene.deepdem.prepare().compute(), chip_size, steps, SHORT)
+
+
+def pretraining(case: Case, cache: Path, seeds: int, *, small: bool) -> None:
+    """Print what it is worth to train on a synthetic scene of the same pixels first."""
+    shape = (256, 320) if small else (768, 1024)
+    made = deepdem.synthetic_scene(shape, seed=0, pixel_size=0.5, chunks=512)
+    first = Case("half-metre", made.deepdem.prepare().compute(), case.chip_size, case.steps, SHORT)
+    rows = []
+    for seed in range(seeds):
+        start = first.train(cache, seed)
+        path = cache / f"start-{seed}.safetensors"
+        start.save(path)
+        rows.append((
+            str(seed), f"{case.initial():.3f}", f"{case.error(case.train(cache, seed)):.3f}",
+            f"{case.error(start):.3f}",
+            f"{case.error(case.train(cache, seed, weights=str(path), learning_rate=1e-3)):.3f}",
+        ))  # fmt: skip
+    print(f"{case.name}: {case.steps} steps each, MAE (m) in the unseen part")
+    table(("seed", "initial", "from scratch", "synthetic only", "synthetic, then here"), rows)
+
+
 def main() -> None:
     args = options(
         __doc__,
@@ -182,7 +214,10 @@ def main() -> None:
         chip={"type": int, "default": 64, "help": "chip size"},
         variants={"default": "", "help": "of the ablation, all those whose names hold this"},
         cases={"default": "synthetic,lidar", "help": "scenes"},
-        only={"default": "presets,calibration", "help": "of presets, calibration, ablation"},
+        only={
+            "default": "presets,calibration",
+            "help": "of presets, calibration, ablation, pretraining",
+        },
     )
     small, wanted = args.size == "small", args.only.split(",")
     steps = args.steps or (4 if small else 500)
@@ -198,6 +233,9 @@ def main() -> None:
                 results += calibration(case, cache)
             if "ablation" in wanted:
                 ablation(case, cache, seeds, args.variants)
+        data = data_folder()
+        if "pretraining" in wanted and data is not None:
+            pretraining(quarry(data, 64, steps), cache, seeds, small=small)
     if results:
         report(results)
 
