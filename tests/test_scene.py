@@ -127,15 +127,53 @@ def test_files_arrays_crs_and_resolutions_mix(tmp_path, hilly):
     assert np.nanmax(np.abs(ds.other.values - truth)[inner]) < 0.2  # 5 m pixels, 20 m waves
 
 
-@pytest.mark.parametrize("pixel", [0.7, 1.0, 2.0, 3.0])
-def test_reprojection_is_right_to_a_centimetre_and_ignores_chunks(hilly, pixel):
-    box = GeoBox.from_bbox((500_100.3, 4_600_100.3, 500_700, 4_600_600), crs=UTM,
-                           resolution=pixel, tight=True)  # fmt: skip
-    fine = deepdem.stack({"dsm": hilly.chunk(y=77, x=90)}, like=box, chunks=64).dsm
-    whole = deepdem.stack({"dsm": hilly}, like=box, chunks=4096).dsm
-    np.testing.assert_allclose(fine, whole, atol=1e-3)
-    # A pixel's mean of a wave differs from its centre's height; the bar is for the method.
-    assert float(np.abs(fine - _analytic(box)).max()) < 0.01 * max(1, pixel**2)
+def _smooth(x, y):
+    """Steep and gently waved: what a pixel's mean and its centre differ by is millimetres."""
+    return 0.8 * (x - 500_000) + 15 * np.sin(x / 60) * np.cos(y / 70)
+
+
+@pytest.mark.filterwarnings("ignore:the scene's grid is in degrees")
+@pytest.mark.parametrize("pixel", [0.7, 1.3, 3.6])
+@pytest.mark.parametrize("crs", [UTM, "EPSG:32630", "EPSG:3857", "EPSG:4326"])
+def test_reprojection_is_right_to_a_centimetre_and_ignores_chunks(crs, pixel):
+    source = GeoBox.from_bbox((500_000, 4_600_000, 500_300, 4_600_170), crs=UTM, resolution=1)
+    coords = xr_coords(source, always_yx=True)
+    values = _smooth(*np.meshgrid(coords["x"].values, coords["y"].values)).astype("float32")
+    dsm = _array(source, values)
+    size = pixel * (1e-5 if crs == "EPSG:4326" else 1)
+    around = source.footprint(crs).buffer(5.3 * size).boundingbox
+    box = GeoBox.from_bbox(around, crs=crs, resolution=size, tight=True)
+    whole = deepdem.stack({"dsm": dsm}, like=box, chunks=4096).dsm.compute()
+    cut = deepdem.stack({"dsm": dsm.chunk(y=77, x=90)}, like=box, chunks=59).dsm.compute()
+    # The rim as well: the very edge of the data, on a slope of 0.8.
+    np.testing.assert_allclose(cut, whole, atol=1e-3)
+    coords = xr_coords(box, always_yx=True)
+    x, y = np.meshgrid(*(coords[name].values for name in ("x", "y")))
+    truth = _smooth(*Transformer.from_crs(crs, UTM, always_xy=True).transform(x, y))
+    inner = whole.rolling(y=5, x=5, center=True).mean().notnull().values
+    assert inner.sum() > 2000
+    assert np.abs(whole.values - truth)[inner].max() < 0.01
+
+
+@pytest.mark.parametrize("crs", ["EPSG:32630", "EPSG:3857"])
+def test_the_warper_does_not_take_long_rows_for_straight(crs):
+    """GDAL's approximation along a row of 2000 pixels is 5 mm off, and goes with the chunks."""
+    box = GeoBox.from_bbox((500_000, 4_600_000, 502_400, 4_600_120), crs=UTM, resolution=1)
+    coords = xr_coords(box, always_yx=True)
+    plane = (0.8 * (coords["x"].values - 501_200) + 0 * coords["y"].values[:, None]).astype("f4")
+    dsm = _array(box, plane)
+    like = box.footprint(crs).boundingbox
+    grid = GeoBox.from_bbox(like, crs=crs, resolution=1.2)
+    whole = deepdem.stack({"dsm": dsm}, like=grid, chunks=4096).dsm.compute()
+    fine = deepdem.stack({"dsm": dsm.chunk(y=50, x=300)}, like=grid, chunks=170).dsm.compute()
+    np.testing.assert_allclose(fine, whole, atol=3e-4)
+    coords = xr_coords(grid, always_yx=True)
+    x, y = np.meshgrid(coords["x"].values, coords["y"].values)
+    x, _ = Transformer.from_crs(crs, UTM, always_xy=True).transform(x, y)
+    # Not on the rim: with half of its neighbours missing bilinear is one-sided.
+    inner = whole.rolling(y=5, x=5, center=True).mean().notnull().values
+    assert inner.sum() > 1e5
+    assert np.abs(whole.values - 0.8 * (x - 501_200))[inner].max() < 5e-4
 
 
 def test_downsampling_averages(tmp_path):
