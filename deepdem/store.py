@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xarray as xr
 import zarr
+from numpy.typing import NDArray
+from odc.geo.geobox import GeoBox
 from zarr.codecs import BloscCodec
 from zarr.errors import ZarrUserWarning
 
 from deepdem.blocks import settle
 from deepdem.grid import pixel_size_m
-from deepdem.layers import LAYERS
+from deepdem.layers import LAYERS, describe
 from deepdem.provenance import json_safe
 from deepdem.scene import check_scene
 from deepdem.statistics import STATISTICS, plan_statistics
@@ -33,6 +37,23 @@ __all__ = [
 INNER_PX, SHARD_PX = 256, 2048
 #: The attribute of a group that says whether it was written to its end.
 COMPLETE = "deepdem_complete"
+#: Two of GeoZarr's conventions, as a group has to register them.
+_CONVENTIONS = (
+    {
+        "uuid": "f17cb550-5864-4468-aeb7-f3180cfb622f",
+        "name": "proj:",
+        "schema_url": "https://raw.githubusercontent.com/zarr-conventions/geo-proj/refs/tags/v1/schema.json",
+        "spec_url": "https://github.com/zarr-conventions/geo-proj/blob/v1/README.md",
+        "description": "Coordinate reference system information for geospatial data",
+    },
+    {
+        "uuid": "689b58e2-cf7b-45e0-9fff-9cfc0883d6b4",
+        "name": "spatial:",
+        "schema_url": "https://raw.githubusercontent.com/zarr-conventions/spatial/refs/tags/v1/schema.json",
+        "spec_url": "https://github.com/zarr-conventions/spatial/blob/v1/README.md",
+        "description": "Spatial coordinate information",
+    },
+)
 
 
 def scene_to_zarr(
@@ -41,12 +62,17 @@ def scene_to_zarr(
     *,
     group: str | None = None,
     overwrite: bool = False,
+    precision_m: float | None = None,
 ) -> None:
     """Write a scene to a Zarr store, chunk by chunk; computes.
 
     Zarr format 3, zstd with byte shuffle, one shard a Dask chunk with inner chunks of 256 pixels.
-    The CRS is in ``spatial_ref`` (CF) and, for GDAL, in each array's ``_CRS``. A group that was
-    left half-written by a crash is known as such: it is written again.
+    The georeference is in ``spatial_ref`` (CF, as xarray, rioxarray and odc-geo read it), in the
+    group's ``proj:`` and ``spatial:`` attributes (GeoZarr's conventions) and in each array's
+    ``_CRS`` (GDAL's own). GDAL 3.10, which rasterio 1.4 comes with, lists the arrays of such a
+    store and cannot open them: it does not know the codecs of Zarr's third format. For such
+    readers there is `deepdem.cog.write_cog`. A group that was left half-written by a crash is
+    known as such: it is written again.
 
     Parameters
     ----------
@@ -58,13 +84,22 @@ def scene_to_zarr(
         The scene's name in the store; several scenes are groups of one store.
     overwrite
         Whether a finished scene of that name may be replaced.
+    precision_m
+        Heights are rounded to the largest power of two up to it: 0.001 gives steps of 1/1024 m
+        and errors up to 0.49 mm, and saves 14 to 16 % of their size (1/256 m: 30 %). `attrs` of the
+        layer have the step as ``precision_m``. Decimal millimetres would save 2 %: they leave no
+        bit of a float unused.
 
     Raises
     ------
     FileExistsError
         There is a finished scene of that name and `overwrite` is False.
+    ValueError
+        `precision_m` is not positive.
     """
     box = check_scene(ds)
+    if precision_m is not None:
+        ds = _rounded(ds, precision_m)
     target = str(store) if isinstance(store, Path) else store
     if not overwrite and is_complete(target, group) is not None:
         if is_complete(target, group):
@@ -109,6 +144,48 @@ class _ChunkWriter:
             array[place] = block.astype(array.dtype, copy=False)
 
 
+def _rounded(ds: xr.Dataset, precision_m: float) -> xr.Dataset:
+    """Return the scene with its heights rounded to a power of two of metres, lazy."""
+    if not precision_m > 0:
+        raise ValueError(f"precision_m={precision_m!r}: wanted a step in metres such as 0.001")
+    step = 2.0 ** math.floor(math.log2(precision_m))
+    rounded = {}
+    for name, layer in ds.data_vars.items():
+        if describe(str(name)).is_height:
+            values = xr.apply_ufunc(
+                _round_to, layer, kwargs={"step": step}, dask="parallelized",
+                output_dtypes=[layer.dtype],
+            )  # fmt: skip
+            rounded[name] = layer.copy(data=values.data)
+            rounded[name].attrs["precision_m"] = step
+    return ds.assign(rounded)
+
+
+def _round_to(values: NDArray[Any], *, step: float) -> NDArray[Any]:
+    # Exact in binary: both the division and the product only change the exponent.
+    exact = values.dtype.type(step)
+    rounded: NDArray[Any] = np.rint(values / exact) * exact
+    return rounded
+
+
+def _geozarr(box: GeoBox) -> dict[str, Any]:
+    """Return the group's attributes by GeoZarr's ``proj`` and ``spatial`` conventions."""
+    assert box.crs is not None  # check_scene has seen to it
+    crs = box.crs.proj
+    code = crs.to_authority(min_confidence=100)
+    left, bottom, right, top = box.extent.boundingbox.bbox
+    return {
+        "zarr_conventions": [dict(convention) for convention in _CONVENTIONS],
+        **({"proj:code": ":".join(code)} if code else {"proj:wkt2": crs.to_wkt("WKT2_2019")}),
+        "spatial:dimensions": ["y", "x"],
+        "spatial:shape": list(box.shape),
+        "spatial:transform_type": "affine",
+        "spatial:transform": list(box.affine)[:6],
+        "spatial:bbox": [left, bottom, right, top],
+        "spatial:registration": "pixel",
+    }
+
+
 def _in_one_pass(ds: xr.Dataset) -> xr.Dataset:
     """Return the scene so that a store of all layers needs little memory, and each chunk once."""
     lazy = {name: layer for name, layer in ds.data_vars.items() if layer.chunks is not None}
@@ -130,7 +207,8 @@ def as_stored(
     inner, shards
         Pixels (y, x) that are read at once, and that are written at once.
     """
-    crs: Any = check_scene(ds).crs
+    box = check_scene(ds)
+    crs: Any = box.crs
     out = ds.drop_encoding()
     encoding: dict[str, dict[str, Any]] = {}
     for name, layer in out.data_vars.items():
@@ -145,7 +223,7 @@ def as_stored(
         }
         out[name].attrs = {**json_safe(layer.attrs), "_CRS": {"wkt": crs.to_wkt()}}
         out[name].attrs.pop("grid_mapping", None)
-    out.attrs = {**json_safe(ds.attrs), COMPLETE: False}
+    out.attrs = {**json_safe(ds.attrs), **_geozarr(box), COMPLETE: False}
     return out, encoding
 
 
@@ -238,7 +316,11 @@ def _opened(ds: xr.Dataset) -> xr.Dataset:
     out = ds[[*known, *rest]]
     for layer in out.data_vars.values():
         layer.attrs = {k: v for k, v in layer.attrs.items() if k != "_CRS"}
-    out.attrs = {k: v for k, v in ds.attrs.items() if k != COMPLETE}
+    # Once it is cropped the scene's place is another: only the coordinates are right then.
+    out.attrs = {
+        k: v for k, v in ds.attrs.items()
+        if k not in (COMPLETE, "zarr_conventions") and not k.startswith(("proj:", "spatial:"))
+    }  # fmt: skip
     return out
 
 

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import numpy as np
 import pytest
+import rasterio
 import xarray as xr
 import zarr
+from affine import Affine
+from pyproj import CRS
 
 import deepdem
 
@@ -34,6 +38,69 @@ def test_plain_xarray_sees_the_crs(scene, tmp_path):
     plain = xr.open_zarr(tmp_path / "s.zarr", group="one", decode_coords="all")
     assert plain.rio.crs == plain.dsm.rio.crs == scene.rio.crs
     assert plain.odc.geobox == scene.odc.geobox
+
+
+def test_heights_may_be_rounded(scene, tmp_path, no_compute):
+    scene.deepdem.to_zarr(tmp_path / "exact.zarr")
+    lazy = scene.chunk(y=100, x=100)
+    lazy.deepdem.to_zarr(tmp_path / "s.zarr", precision_m=0.001)
+    back = deepdem.open_scene(tmp_path / "s.zarr")
+    for name in ("dsm", "lidar_dsm", "lidar_dtm"):
+        assert back[name].dtype == np.float32
+        assert back[name].attrs == {**scene[name].attrs, "precision_m": 1 / 1024}
+        assert 1e-4 < float(np.abs(back[name] - scene[name]).max()) <= 0.5 / 1024
+        np.testing.assert_array_equal(back[name].isnull(), scene[name].isnull())
+        np.testing.assert_array_equal(back[name] * 1024 % 1, back[name] * 0)
+    for name in ("ortho_left", "triangulation_error", "ndvi", "valid"):
+        xr.testing.assert_identical(back[name].compute(), scene[name])
+    assert "precision_m" not in scene.dsm.attrs
+    size = {store: sum(f.stat().st_size for f in (tmp_path / store / "dsm").rglob("*"))
+            for store in ("exact.zarr", "s.zarr")}  # fmt: skip
+    assert size["s.zarr"] < 0.9 * size["exact.zarr"]
+    with pytest.raises(ValueError, match="precision_m=0: wanted a step in metres"):
+        scene.deepdem.to_zarr(tmp_path / "t.zarr", precision_m=0)
+
+
+@pytest.mark.parametrize("crs", ["EPSG:32610", "EPSG:32610+5703", "odd"])
+def test_geozarr_attributes_say_where_the_scene_is(scene, tmp_path, crs):
+    odd = "+proj=laea +lat_0=48 +lon_0=-121 +ellps=GRS80 +units=m +type=crs"
+    crs = CRS(odd if crs == "odd" else crs)
+    placed = scene[["dsm"]].rio.write_crs(crs.to_wkt())
+    placed.deepdem.to_zarr(tmp_path / "s.zarr")
+    attrs = zarr.open_group(tmp_path / "s.zarr").attrs
+    assert {c["name"] for c in attrs["zarr_conventions"]} == {"proj:", "spatial:"}
+    said = attrs.get("proj:code") or attrs["proj:wkt2"]
+    assert CRS(said) == crs
+    assert ("proj:code" in attrs) == (crs.to_epsg() is not None)
+    box = placed.odc.geobox
+    assert attrs["spatial:dimensions"] == ["y", "x"]
+    assert attrs["spatial:shape"] == list(box.shape)
+    assert Affine(*attrs["spatial:transform"]) == box.affine
+    assert attrs["spatial:bbox"] == [*box.extent.boundingbox.bbox]
+    # The first pixel's centre is half a pixel inside.
+    x, y = Affine(*attrs["spatial:transform"]) @ (0.5, 0.5)
+    assert (x, y) == (placed.x[0], placed.y[0])
+    back = deepdem.open_scene(tmp_path / "s.zarr")
+    assert not [k for k in back.attrs if ":" in k or k == "zarr_conventions"]
+    assert CRS(back.rio.crs) == crs
+    assert back.odc.geobox.crs.proj == crs
+
+
+def test_gdal_sees_the_georeference_where_it_knows_the_format(scene, tmp_path):
+    scene.deepdem.to_zarr(tmp_path / "s.zarr", group="one")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        with rasterio.open(f'ZARR:"{tmp_path / "s.zarr"}"') as store:
+            assert any(name.endswith("/one/dsm") for name in store.subdatasets)
+    where = f'ZARR:"{tmp_path / "s.zarr"}":/one/dsm'
+    if tuple(map(int, rasterio.__gdal_version__.split(".")[:2])) < (3, 11):
+        with pytest.raises(rasterio.errors.RasterioIOError, match="Unsupported codec"):
+            rasterio.open(where)
+        return
+    with rasterio.open(where) as file:
+        assert file.crs == scene.rio.crs
+        assert file.transform == scene.rio.transform()
+        np.testing.assert_array_equal(file.read(1), scene.dsm)
 
 
 def test_layout_is_sharded_float32_zarr_3(scene, tmp_path):
