@@ -23,7 +23,7 @@ from deepdem._run import active_scheduler
 from deepdem.config import SceneConfig, read_config, token_of
 from deepdem.derive import prepare
 from deepdem.provenance import PROVENANCE, noted
-from deepdem.scene import check_scene, stack
+from deepdem.scene import check_scene
 from deepdem.statistics import stored_statistics
 from deepdem.store import is_complete, open_scene, scene_to_zarr
 
@@ -177,6 +177,9 @@ def build(
               ortho_left: "baker/*_left_ortho.tif"   # a glob that matches one file
               lidar_dsm: {path: lidar.tif, band: 1}
             stack: {like: ortho_left}                # goes before what stands above
+          glacier:
+            asp: {folder: stereo/run7, dem: "*-DEM.tif"}   # as deepdem.open_asp; deepdem: as
+            layers: {lidar_dsm: ../lidar.tif}              # open_deepdem; more layers beside
           "rainier_*":                               # one scene a folder, named by it
             folder: runs/*                           # paths start from there; without layers:
                                                      # files named like their layers (dsm.tif)
@@ -227,7 +230,7 @@ def _report_of(name: str, done: Future[SceneReport]) -> SceneReport:
 
 
 def _build_one(scene: SceneConfig, store: Any, overwrite: bool) -> SceneReport:
-    recipe = scene.recipe(sources := scene.sources())
+    recipe = scene.recipe(scene.sources())
     if is_complete(store, scene.name):
         there = open_scene(store, scene.name)
         changed = _changed(there, recipe)
@@ -241,7 +244,7 @@ def _build_one(scene: SceneConfig, store: Any, overwrite: bool) -> SceneReport:
             )
     with _RECORDING, warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", UserWarning)
-        ds = prepare(stack(sources, **scene.stack), **scene.prepare)
+        ds = prepare(scene.open(), **scene.prepare)
     ds = noted(ds, "build", token=token_of(recipe), recipe=recipe)
     scene_to_zarr(ds, store, group=scene.name, overwrite=overwrite, **scene.write)
     # Ours are plain ones; other libraries' are classes of their own.

@@ -12,30 +12,48 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import xarray as xr
 import yaml
 
 from deepdem.derive import equalise, prepare
+from deepdem.runs import open_asp, open_deepdem
 from deepdem.scene import stack
-from deepdem.sources.folder import find_layers
+from deepdem.sources.folder import find_asp, find_deepdem, find_layers
 from deepdem.store import scene_to_zarr
 
 __all__ = ["SceneConfig", "read_config", "token_of"]
 
 Options = dict[str, Any]
 
-#: The kinds of a folder: who lays rasters out like that. Each gives layers by name.
-_KINDS: dict[str, Callable[[Path], Mapping[str, Any]]] = {"folder": find_layers}
 
+@dataclass(frozen=True)
+class _Kind:
+    """Who lays rasters out in a folder like that: how they are found, and how they are opened."""
+
+    find: Callable[..., Mapping[str, Any]]
+    open: Callable[..., xr.Dataset] | None = None
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        return () if self.open is None else _options(self.open, but=("layers",))
+
+
+_KINDS = {
+    "folder": _Kind(find_layers),
+    "asp": _Kind(find_asp, open_asp),
+    "deepdem": _Kind(find_deepdem, open_deepdem),
+}
 #: What values of an option may be; those of options that are not listed are left to the function.
 _TYPES: dict[str, tuple[type, ...]] = {
     "like": (str,), "crs": (str, int), "resolution": (int, float), "bounds": (str, list),
     "resampling": (str, dict), "chunks": (int,), "vertical_crs": (str, int), "heights": (dict,),
     "needs": (str, list), "equalise_orthos": (bool, dict), "error_max_m": (int, float),
-    "fill_error": (bool,), "add": (str, list), "precision_m": (int, float),
+    "fill_error": (bool,), "add": (str, list), "precision_m": (int, float), "dem": (str,),
+    "lidar": (str,), "equalised": (bool,),
 }  # fmt: skip
 _WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false",
           list: "a list", dict: "keys and values"}  # fmt: skip
@@ -55,6 +73,15 @@ _SCENE_KEYS = ("layers", *_KINDS, *_SECTIONS)
 
 
 @dataclass(frozen=True)
+class Folder:
+    """A folder of rasters: its kind, its path or glob, and options of how that kind is opened."""
+
+    kind: str
+    pattern: str
+    options: Options
+
+
+@dataclass(frozen=True)
 class SceneConfig:
     """One scene of a configuration, its files not yet looked for.
 
@@ -67,8 +94,8 @@ class SceneConfig:
     layers
         Layers by name: a path, a URL or a glob, or ``(path, band)``.
     folder
-        The kind of a folder and its path or glob: paths start from it. Its layers come first, but
-        those of the kind ``folder`` only where `layers` names none.
+        A folder that paths start from. Its layers come first, but those of the kind ``folder``
+        only where `layers` names none.
     stack, prepare, write
         Options of `deepdem.stack`, of `deepdem.derive.prepare` and of
         `deepdem.store.scene_to_zarr`.
@@ -77,7 +104,7 @@ class SceneConfig:
     name: str
     base: Path
     layers: Mapping[str, Any]
-    folder: tuple[str, str] | None
+    folder: Folder | None
     stack: Options
     prepare: Options
     write: Options
@@ -92,13 +119,31 @@ class SceneConfig:
         ValueError
             A glob matches several files.
         """
+        return {**self._in_folder(), **self._named()}
+
+    def open(self) -> xr.Dataset:
+        """Return the stacked scene, lazy; raises what `sources` and `deepdem.stack` raise."""
+        kind = None if self.folder is None else _KINDS[self.folder.kind]
+        if self.folder is None or kind is None or kind.open is None:
+            return stack(self.sources(), **self.stack)
+        return kind.open(self._top(), layers=self._named(), **self.folder.options, **self.stack)
+
+    def _top(self) -> Path:
+        if self.folder is None:
+            return self.base
+        return Path(self._one(self.folder.kind, self.folder.pattern, self.base))
+
+    def _in_folder(self) -> dict[str, Any]:
+        if self.folder is None or (self.folder.kind == "folder" and self.layers):
+            return {}
+        find = _KINDS[self.folder.kind].find
+        known = _options(find)
+        options = {k: v for k, v in self.folder.options.items() if k in known}
+        return dict(find(self._top(), **options))
+
+    def _named(self) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        base = self.base
-        if self.folder is not None:
-            kind, pattern = self.folder
-            base = Path(self._one(kind, pattern, base))
-            if kind != "folder" or not self.layers:
-                found |= _KINDS[kind](base)
+        base = self._top()
         for layer, source in self.layers.items():
             path, band = source if isinstance(source, tuple) else (source, None)
             one = self._one(layer, path, base)
@@ -131,8 +176,10 @@ class SceneConfig:
 
         Files count by their path from the configuration, size and time of change.
         """
+        folder = {} if self.folder is None else {self.folder.kind: self.folder.options}
         return {
             "layers": {name: self._stamp(source) for name, source in sources.items()},
+            "folder": folder,
             "stack": self.stack,
             "prepare": self.prepare,
             "write": self.write,
@@ -224,9 +271,7 @@ def _scenes(name: str, raw: Any, base: Path, shared: Mapping[str, Options]) -> l
         raise ValueError(f"{where}: wanted layers: {{dsm: FILE, ...}}, or one of {list(_KINDS)}")
     if len(kinds) > 1:
         raise ValueError(f"{where}: {kinds} are both given, wanted one of them")
-    folder = None
-    if kinds:
-        folder = kinds[0], str(_typed(f"{where}, {kinds[0]}", scene[kinds[0]], (str,)))
+    folder = _folder(f"{where}, {kinds[0]}", kinds[0], scene[kinds[0]]) if kinds else None
     options = {
         section: {**shared[section], **_section(where, scene, section)} for section in _SECTIONS
     }
@@ -235,15 +280,28 @@ def _scenes(name: str, raw: Any, base: Path, shared: Mapping[str, Options]) -> l
     # One scene a folder, whose name stands for the star.
     if folder is None:
         raise ValueError(f"{where}: a * stands for a folder's name: add folder: GLOB OF FOLDERS")
-    kind, pattern = folder
-    matches = sorted(glob.glob(str(base / pattern)))  # noqa: PTH207  # it may be absolute
+    matches = sorted(glob.glob(str(base / folder.pattern)))  # noqa: PTH207  # it may be absolute
     matches = [m for m in matches if Path(m).is_dir()]
     if not matches:
-        raise FileNotFoundError(f"{where}, {kind}: no folder matches {pattern!r} in {base}")
+        raise FileNotFoundError(
+            f"{where}, {folder.kind}: no folder matches {folder.pattern!r} in {base}"
+        )
     return [
-        SceneConfig(name.replace("*", Path(m).name), base, layers, (kind, m), **options)
+        SceneConfig(
+            name.replace("*", Path(m).name), base, layers, replace(folder, pattern=m), **options
+        )
         for m in matches
     ]
+
+
+def _folder(where: str, kind: str, raw: Any) -> Folder:
+    if isinstance(raw, str):
+        return Folder(kind, raw, {})
+    _known(where, _mapping(where, raw), ("folder", *_KINDS[kind].options))
+    options = {key: value for key, value in raw.items() if key != "folder"}
+    for key, value in options.items():
+        _typed(f"{where}: {key}", value, _TYPES.get(key, (object,)))
+    return Folder(kind, _typed(f"{where}: folder", raw.get("folder"), (str,)), options)
 
 
 def _source(where: str, raw: Any) -> Any:

@@ -57,7 +57,8 @@ def written(base: Path, config: dict[str, Any]) -> Path:
 
 def two(base: Path, **more: Any) -> Path:
     scenes = {name: {"layers": layers(f"runs/{name}/")} for name in ("north", "south")}
-    return written(base, {"stack": {"like": "dsm", "chunks": 64}, "scenes": scenes, **more})
+    config: dict[str, Any] = {"stack": {"like": "dsm", "chunks": 64}, "scenes": scenes}
+    return written(base, {**config, **more})
 
 
 def times(store: Path) -> dict[str, int]:
@@ -198,6 +199,45 @@ def test_one_scene_a_folder_and_layers_by_their_files_names(base: Path) -> None:
     (north, south) = read_config(written(base, starred))
     assert (north.name, south.name) == ("north", "south")
     assert north.sources() == {"dsm": str(base / "runs/north/dsm.tif")}
+
+
+def test_stereo_runs_as_they_come(base: Path) -> None:
+    run = base / "stereo"
+    shutil.copytree(base / "runs/north", run)
+    (run / "run-dsm.tif").rename(run / "run-DEM.tif")
+    (run / "run-triangulation_error.tif").rename(run / "run-IntersectionErr.tif")
+    old = base / "final"
+    old.mkdir()
+    for name, theirs in (("dsm", "asp_dsm"), ("ortho_left", "ortho_left")):
+        shutil.copy(base / f"runs/south/run-{name}.tif", old / f"final_{theirs}.tif")
+    scenes = {
+        "asp": {"asp": "stereo", "layers": {"lidar_dsm": "run-lidar_dsm.tif"}},
+        "old": {"deepdem": {"folder": "final", "equalised": False}},
+    }
+    config = written(base, {"stack": {"chunks": 64}, "scenes": scenes})
+    report = deepdem.build(config, base / "s.zarr")
+    assert report.failed == {}
+    asp, old_scene = (deepdem.open_scene(base / "s.zarr", name) for name in scenes)
+    assert {"dsm", "triangulation_error", "lidar_dsm", "valid"} <= set(asp.data_vars)
+    assert asp.dsm.attrs["vertical_reference"] == "ellipsoid"
+    assert "ortho_left" in old_scene
+    assert old_scene.ortho_left.attrs["equalised"].startswith("clahe")
+    assert [s.status for s in deepdem.build(config, base / "s.zarr").scenes] == ["there", "there"]
+    scenes["old"] = {"deepdem": "final"}
+    written(base, {"stack": {"chunks": 64}, "scenes": scenes})
+    assert "folder: deepdem" in deepdem.build(config, base / "s.zarr").failed["old"]
+
+
+@pytest.mark.parametrize("chunks", [64, 100])
+def test_any_chunks_give_the_same_layers(base: Path, chunks: int) -> None:
+    options = {"add": ["slope"], "equalise_orthos": {"tile_px": 48}}
+    for size, store in ((chunks, "one.zarr"), (2048, "whole.zarr")):
+        path = two(base, stack={"like": "dsm", "chunks": size}, prepare=options)
+        assert deepdem.build(path, base / store).failed == {}
+    for name in ("north", "south"):
+        one, whole = (deepdem.open_scene(base / s, name) for s in ("one.zarr", "whole.zarr"))
+        for layer in whole.data_vars:
+            np.testing.assert_allclose(one[layer], whole[layer], rtol=0, atol=1e-5)
 
 
 def test_odd_scenes_are_told_of(base: Path) -> None:
