@@ -74,6 +74,10 @@ def scene_to_zarr(
     readers there is `deepdem.cog.write_cog`. A group that was left half-written by a crash is
     known as such: it is written again.
 
+    Peak memory is one chunk of all layers for each worker, and what makes it. The statistics of all
+    pixels are found in the same pass: ``attrs["deepdem_statistics"]``, see
+    `deepdem.statistics.plan_statistics`.
+
     Parameters
     ----------
     ds

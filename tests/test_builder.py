@@ -15,6 +15,9 @@ import pytest
 import xarray as xr
 import yaml
 import zarr
+from dask.callbacks import Callback
+from odc.geo.geobox import GeoBox
+from odc.geo.xr import xr_zeros
 from typer.testing import CliRunner
 
 import deepdem
@@ -280,6 +283,47 @@ def test_nothing_but_headers_is_read_before_a_scene_is_written(base: Path) -> No
     with dask.config.set(scheduler=refuse):
         report = deepdem.build(two(base), base / "s.zarr")
     assert set(report.failed.values()) == {"AssertionError: computed"}
+
+
+class _Held(Callback):  # type: ignore[misc]  # Dask is in part untyped
+    """The most bytes of arrays that Dask keeps between tasks."""
+
+    peak = 0
+
+    def _posttask(self, key: Any, value: Any, dsk: Any, state: Any, worker: Any) -> None:
+        held = [v.nbytes for v in state["cache"].values() if isinstance(v, np.ndarray)]
+        self.peak = max(self.peak, sum(held))
+
+
+def test_what_is_held_does_not_grow_with_the_scene(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From files on other grids, equalised, with valid: one chunk of all layers, and no more."""
+    monkeypatch.setattr("deepdem.store.SHARD_PX", 256)
+    chunk, peaks = 256 * 256 * 4, []
+    for width in (512, 1536):
+        scene = deepdem.synthetic_scene((64, 64), seed=4).compute()
+        fine = GeoBox.from_bbox((580000, 5390000, 580000 + width, 5390000 + width),
+                                crs=32610, resolution=1)  # fmt: skip
+        for name in ("dsm", "ortho_left", "ortho_right", "red", "nir"):
+            values = np.tile(scene[name].fillna(5).values, (width // 64, width // 64))
+            box = fine.pad(16) if name == "dsm" else fine
+            if name in ("red", "nir"):  # one block of them is under all of the scene
+                values, box = values[::32, ::32], fine.zoom_out(32)
+            values = np.pad(values, 16, "edge") if name == "dsm" else values
+            xr_zeros(box, dtype="float32").copy(data=values).rio.to_raster(
+                tmp_path / f"{name}.tif", tiled=True, blockxsize=128, blockysize=128
+            )
+        sources = {name: "*" + name + ".tif" for name in ("dsm", "ortho_left", "ortho_right",
+                                                          "red", "nir")}  # fmt: skip
+        config = {"scenes": {"a": {"layers": sources}}, "stack": {"like": "ortho_left",
+                                                                  "chunks": 256}}  # fmt: skip
+        with _Held() as held, dask.config.set(scheduler="sync"):
+            report = deepdem.build(written(tmp_path, config), tmp_path / f"{width}.zarr")
+        assert report.failed == {}
+        peaks.append(held.peak / chunk)
+    assert peaks[1] <= 1.1 * peaks[0]
+    assert peaks[1] < 10
 
 
 # --- the configuration ---------------------------------------------------------------------------
