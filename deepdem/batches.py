@@ -6,7 +6,9 @@ started fresh (forkserver or spawn), never forked from a process that has thread
 
 from __future__ import annotations
 
+import math
 import multiprocessing
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -16,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, get_worker_info
 
 from deepdem.regions import Opened, Region
 from deepdem.sampling import Chip, FixedChip, Plan, Stream
@@ -37,14 +39,45 @@ Batch: TypeAlias = "dict[str, Tensor]"
 
 #: Streams of a process: 1, 2 or 4 workers can share them out and read no pixel twice.
 LANES = 4
+#: Blocks of memory that are kept to be used again: those of a few batches.
+_KEPT = 7
 #: A worker that gives nothing for so long is said to have failed. Seconds.
 _PATIENCE = 900
 
 
-def _batch(chips: Sequence[Chip], size: int) -> Batch:
+class _Memory:
+    """Memory for batches, given again once nobody holds a batch in it.
+
+    The pages of fresh memory cost as much as copying chips into them.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: list[NDArray[np.float32]] = []
+
+    def __reduce__(self) -> tuple[type[_Memory], tuple[()]]:
+        return _Memory, ()
+
+    def empty(self, *shape: int) -> Tensor:
+        """Return a tensor of that shape; what is in it is left over."""
+        size = math.prod(shape)
+        if get_worker_info() is not None:
+            # Where the process that trains will see it, as torch's own collating does.
+            storage = torch.UntypedStorage._new_shared(4 * size)  # type: ignore[no-untyped-call]
+            shared: Tensor = torch.empty(0).set_(storage, 0, shape)  # type: ignore[call-overload]
+            return shared
+        # A block's references are the list's, the loop's and the call's; a batch holds one more.
+        for block in self._blocks:
+            if block.size == size and sys.getrefcount(block) == 3:
+                return torch.from_numpy(block).view(shape)
+        block = np.empty(size, dtype=np.float32)
+        self._blocks = [*self._blocks[-_KEPT:], block]
+        return torch.from_numpy(block).view(shape)
+
+
+def _batch(chips: Sequence[Chip], size: int, memory: _Memory) -> Batch:
     region = chips[0][0].region
-    layers = torch.empty(len(chips), len(region.layers), size, size)
-    target = torch.empty(len(chips), size, size)
+    layers = memory.empty(len(chips), len(region.layers), size, size)
+    target = memory.empty(len(chips), size, size)
     into, truth = layers.numpy(), target.numpy()
     for k, (opened, chip) in enumerate(chips):
         out: dict[str, NDArray[np.float32]] = dict(zip(region.layers, into[k], strict=True))
@@ -70,6 +103,7 @@ class TrainBatches(Dataset[Batch]):
         self.batch_size = min(batch_size, chips)
         self._count = max(1, chips // batch_size)
         self._running: dict[int, _Running] = {}
+        self._memory = _Memory()
 
     def __len__(self) -> int:
         return self._count
@@ -88,7 +122,7 @@ class TrainBatches(Dataset[Batch]):
         for _ in range(position - running.taken):
             running.stream.take(self.batch_size)
         running.taken = position + 1
-        return _batch(running.stream.take(self.batch_size), self.plan.size)
+        return _batch(running.stream.take(self.batch_size), self.plan.size, self._memory)
 
 
 class FixedBatches(Dataset[Batch]):
@@ -104,6 +138,7 @@ class FixedBatches(Dataset[Batch]):
         order = [int(n) for row in zip_longest(*lanes) for n in row if n is not None]
         self._batches = [list(cuts[n]) for n in order]
         self._opened: tuple[int, Opened] | None = None
+        self._memory = _Memory()
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -118,7 +153,8 @@ class FixedBatches(Dataset[Batch]):
 
     def __getitem__(self, index: int) -> Batch:
         chips = self._batches[index]
-        return _batch([(self._open(chip), chip.box) for chip in chips], chips[0].box.shape[0])
+        opened = [(self._open(chip), chip.box) for chip in chips]
+        return _batch(opened, chips[0].box.shape[0], self._memory)
 
     def _open(self, chip: FixedChip) -> Opened:
         """Return the tile that a chip is in; the last one is kept."""

@@ -19,7 +19,6 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, product
-from operator import getitem
 from typing import Any, TypeAlias
 
 import dask.array as da
@@ -27,6 +26,7 @@ import dask.threaded
 import numpy as np
 from dask import core
 from dask._task_spec import convert_legacy_graph  # not public, but its tasks are
+from dask.array.chunk import getitem as slicing
 from dask.array.core import getter, getter_nofancy
 from dask.array.optimization import optimize
 from dask.base import clone_key, get_scheduler, tokenize
@@ -299,7 +299,7 @@ def _origin(array: da.Array, key: Any) -> tuple[Any, int, int] | None:
         (key,) = task.dependencies
         if task.func in (getter, getter_nofancy):
             return key, y, x
-        if task.func is not getitem:
+        if task.func is not slicing:
             return None
 
 

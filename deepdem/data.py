@@ -352,7 +352,11 @@ class ChipDataModule(pl.LightningDataModule):
             chips = fixed_chips(regions, plan, self.val_chips)
             self._fixed[use] = FixedBatches(regions, chips, batch_size=self.batch_size)
         batches = self._fixed[use]
-        return fixed_loader(batches, workers=self._workers(regions)) if len(batches) else []
+        if not len(batches):
+            return []
+        # To start processes takes longer than to read so few chips here.
+        workers = self.num_workers if isinstance(self.num_workers, int) else 0
+        return fixed_loader(batches, workers=workers)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Augment a training batch."""

@@ -138,14 +138,15 @@ class Opened:
 
     def __init__(self, region: Region, box: Box):
         self.region, self.box = region, box
-        heights = region.read(("dsm", region.target), box)
-        self._arrays = dict(zip(("dsm", region.target), heights, strict=True))
-        inside = region.part.inside(box)
-        if inside is not None:
-            truth = self._arrays[region.target]
-            self._arrays[region.target] = np.where(inside, truth, np.float32(np.nan))
+        first = list(region.names) if region.held is not None else ["dsm", region.target]
+        self._arrays = dict(zip(first, region.read(first, box), strict=True))
         #: Where both the DSM and the truth are there.
-        self.usable: NDArray[np.bool_] = np.isfinite(self.dsm) & np.isfinite(self.truth)
+        self.usable: NDArray[np.bool_]
+        if region.usable is None:
+            self._arrays[region.target] = region.within_part(self.truth, box)
+            self.usable = np.isfinite(self.dsm) & np.isfinite(self.truth)
+        else:
+            self.usable = region.usable.numpy()[box.within(region.box)]
         self._rest = [n for n in region.names if n not in self._arrays]
 
     @property
@@ -191,6 +192,8 @@ class Region:
         self.reader, self.part, self.scene = reader, part, scene
         self.layers, self.target, self.planes = tuple(layers), target, tuple(planes)
         self.held: dict[str, torch.Tensor] | None = None
+        #: Where both the DSM and the truth are there, if the region is held.
+        self.usable: torch.Tensor | None = None
 
     @property
     def box(self) -> Box:
@@ -213,7 +216,7 @@ class Region:
         held, read = {}, {}
         for name in self.names:
             array = None if shared or self._plane(name) else self.reader.in_memory(name)
-            if array is not None:
+            if array is not None and array.flags.writeable:  # torch warns of what is not
                 held[name] = torch.from_numpy(array[there])
                 continue
             held[name] = torch.empty(self.box.shape)
@@ -225,7 +228,17 @@ class Region:
         for plane in self.planes:
             if plane.name in held:
                 held[plane.name].numpy()[:] = self._compute(plane, self.box)
-        self.held = held
+        truth = self.within_part(held[self.target].numpy(), self.box)
+        held[self.target] = torch.from_numpy(truth)
+        usable = torch.isfinite(held["dsm"]) & torch.isfinite(held[self.target])
+        for tensor in (held[self.target], usable) if shared else ():
+            tensor.share_memory_()  # type: ignore[no-untyped-call]  # of torch
+        self.held, self.usable = held, usable
+
+    def within_part(self, truth: NDArray[np.float32], box: Box) -> NDArray[np.float32]:
+        """Return the truth over a box, NaN outside the region's part of the scene."""
+        inside = self.part.inside(box)
+        return truth if inside is None else np.where(inside, truth, np.float32(np.nan))
 
     def _plane(self, name: str) -> Plane | None:
         return next((plane for plane in self.planes if plane.name == name), None)

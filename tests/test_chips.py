@@ -6,9 +6,8 @@ import xbatcher
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepdem.blocks import Box
-from deepdem.chips import dsm_scale
-from deepdem.splits import split_scene
+from deepdem.chips import chip_starts, dsm_scale
+from deepdem.windows import Axis
 
 
 def test_chips_are_xbatcher_s_and_reach_the_far_edges(scene, no_compute):
@@ -73,22 +72,10 @@ def test_dsm_scale_passes_nodata_over(scene):
         dsm_scale(holes, size=64)
 
 
-@given(
-    st.tuples(st.integers(1, 500), st.integers(1, 500)),
-    st.sampled_from(["left", "right", "top", "bottom"]),
-    st.integers(1, 99), st.integers(0, 100),
-)  # fmt: skip
-def test_split_regions_are_a_guard_apart(shape, side, share, guard):
-    train, val = split_scene(shape, f"{side} {share} %", guard)
-    whole = Box(0, shape[0], 0, shape[1])
-    for box in (train, val):
-        assert box.intersect(whole) == box
-    if not val.empty and not train.empty:
-        gap = max(val.x0 - train.x1, train.x0 - val.x1, val.y0 - train.y1, train.y0 - val.y1)
-        assert gap == guard
-
-
-@pytest.mark.parametrize("split", ["middle 50 %", "left", "left 0 %", "left 100 %", "0.8"])
-def test_a_split_that_is_none(split):
-    with pytest.raises(ValueError, match="pass for example 'left 80 %'"):
-        split_scene((10, 10), split, 0)
+@given(st.integers(1, 200), st.integers(1, 64), st.data())
+def test_chips_stand_where_xbatcher_and_the_windows_say(length, size, data):
+    stride = data.draw(st.integers(1, size))
+    if length < size:
+        return
+    starts = chip_starts(length, size, stride)
+    np.testing.assert_array_equal(starts, Axis(length, size, stride).starts(0, length))
