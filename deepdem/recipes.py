@@ -114,6 +114,8 @@ class Recipe:
         weights themselves.
     augment
         What `ChipDataModule` does to training chips if it is not told otherwise.
+    centering
+        What heights are relative to, ``"local"`` or ``"chip"``; see `ModelSpec`.
     """
 
     optimizer: str = "adamw"
@@ -123,6 +125,7 @@ class Recipe:
     loss: str = "l1_slope"
     ema: float = 0.0
     augment: tuple[str, ...] = ()
+    centering: str = "local"
 
     def __post_init__(self) -> None:
         for name, known in _KNOWN.items():
@@ -140,14 +143,19 @@ _KNOWN: dict[str, Any] = {
     "optimizer": ("adamw", "adam"),
     "schedule": ("flat", "cosine", "plateau", "step", "constant"),
     "loss": LOSSES,
+    "centering": ("local", "chip"),
 }
 
 #: Recipes by name. "deepdem2024" is the published DeepDEM's, "resdepth" that of ResDepth
 #: (Stucker and Schindler, 2022): their settings, run by our code.
 PRESETS: dict[str, Recipe] = {
     "default": Recipe(),
-    "deepdem2024": Recipe("adam", 5e-4, 0.0, "plateau", "l1", augment=("flip", "swap")),
-    "resdepth": Recipe("adam", 2e-4, 1e-5, "step", "l1", augment=("flip", "rotate")),
+    "deepdem2024": Recipe(
+        "adam", 5e-4, 0.0, "plateau", "l1", augment=("flip", "swap"), centering="chip"
+    ),
+    "resdepth": Recipe(
+        "adam", 2e-4, 1e-5, "step", "l1", augment=("flip", "rotate"), centering="chip"
+    ),
 }
 
 

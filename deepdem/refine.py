@@ -27,8 +27,9 @@ from deepdem.windows import Blend, blend_weights, overlap_px, window_grid
 
 __all__ = ["refine"]
 
-# The width of windows where the model leaves it open.
-_WINDOW_PX = 512
+# The width of windows where the model leaves it open. Wider ones cost as many passes a pixel at
+# the same share of overlap, and more of them are computed for two chunks.
+_WINDOW_PX = 256
 
 
 def _refine_chunk(
@@ -91,12 +92,14 @@ def refine(
         A `DeepDEM`, the path or URL of a saved one, or a list of them: an ensemble, whose mean is
         the result. Members must have the same layers, chip size and target.
     window
-        The width of windows in pixels; None: the model's chip size. Another width is refused: the
-        network sees heights relative to the mean of a chip of that size.
+        The width of windows in pixels; None: 256, or a chip's width where that is more. A model
+        that is centred on chips, or whose network pools over the window, allows its chips' width
+        only (``model.spec.window_step``).
     overlap
-        Of neighbouring windows: a fraction of a window, or pixels. A quarter is 1.8 forward
-        passes a pixel; on the synthetic scene of the demo it was 0.3 % worse in MAE than a half
-        (4 passes) and 2 % better than a half without blending.
+        Of neighbouring windows: a fraction of a window, or pixels. ``"auto"``: an eighth, 1.3
+        forward passes a pixel; a quarter (1.8) where windows are as wide as chips must be. With
+        the networks of the demo and an eighth, results were 1 to 2 mm from those of windows at
+        every 32 pixels, and with chips and a quarter, 5 to 6 cm (``ci/bench/choices.py``).
     blend
         A name from `deepdem.windows.BLENDS`, or a callable that takes the width of a window and
         gives positive weights along one axis. Weights are normalised by their sum at each pixel.
@@ -131,8 +134,9 @@ def refine(
         and 1024 to 4096 wide; else about 2048 pixels, a multiple of the step from window to
         window. A scene smaller than that is one task: it has all cores of its process, but a
         cluster wants smaller chunks. Chunks that lie on the scene's need the least memory.
-        Windows that straddle two chunks are computed for both: with windows of 256 at a quarter
-        of overlap 27 % more on a large scene in chunks of 2048, 13 % in chunks of 4096.
+        Windows that straddle two chunks are computed for both, with local centring no further
+        than the network's reach: with windows of 256, in chunks of 2048, 5 % more for a network
+        of small reach and 22 % for a ResNet-18 (19 % centred on chips), half as much in 4096.
 
     Returns
     -------
@@ -259,11 +263,7 @@ def _window_px(spec: Any, window: int | None, step: int) -> int:
 
 
 def _auto_overlap(specs: Sequence[Any], width: int) -> float:
-    if not all(spec.is_local for spec in specs):
-        return 0.25
-    # What a window's edge does to a result is over at the reach, and most of it long before.
-    reach: float = max(spec.reach_px for spec in specs)
-    return int(min(reach, width // 8))
+    return width // 8 if all(spec.is_local for spec in specs) else width // 4
 
 
 def _networks(model: Any) -> list[Any]:

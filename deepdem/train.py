@@ -60,10 +60,10 @@ class DeepDEM(pl.LightningModule):
     chip_size
         The width of chips, a multiple of 32.
     centering
-        What heights are relative to. ``"chip"``: the mean of the chip, as in the published
-        workflow; inference windows must then be as wide as a chip. ``"local"``: the local level,
-        a smooth mean over about a chip that does not depend on where a chip lies; windows may be
-        wide and overlap little.
+        What heights are relative to. ``"local"``: the local level, a smooth mean over about a
+        chip that does not depend on where a chip lies; inference windows may be wide and overlap
+        little. ``"chip"``: the mean of the chip, as in the published workflow; windows must then
+        be as wide as a chip. None: what the preset says, ``"local"`` by default.
     dsm_scale
         Metres; None: computed from the training scenes when training starts.
     uncertainty
@@ -105,7 +105,7 @@ class DeepDEM(pl.LightningModule):
         encoder_weights: str | None = None,
         network: nn.Module | None = None,
         chip_size: int = 256,
-        centering: str = "chip",
+        centering: str | None = None,
         dsm_scale: float | None = None,
         uncertainty: bool = False,
         weights: str | None = None,
@@ -120,7 +120,8 @@ class DeepDEM(pl.LightningModule):
     ):
         super().__init__()
         changes = {"learning_rate": learning_rate, "weight_decay": weight_decay,
-                   "optimizer": optimizer, "schedule": schedule, "ema": ema}  # fmt: skip
+                   "optimizer": optimizer, "schedule": schedule, "ema": ema,
+                   "centering": centering}  # fmt: skip
         self.recipe = recipe_of(preset, loss=_loss_of(loss, uncertainty), **changes)
         if network is not None:
             architecture, encoder = OWN, f"{type(network).__module__}.{type(network).__qualname__}"
@@ -130,8 +131,7 @@ class DeepDEM(pl.LightningModule):
             {
                 "layers": list(layers), "target": target, "preset": preset,
                 "architecture": architecture, "encoder": encoder, "encoder_weights": None,
-                "chip_size": chip_size, "centering": centering, "dsm_scale": dsm_scale,
-                "uncertainty": uncertainty,
+                "chip_size": chip_size, "dsm_scale": dsm_scale, "uncertainty": uncertainty,
                 "weights": None, "frozen_encoder": frozen_encoder, "loss": loss, **changes,
                 "options": dict(options or {}),
             }
@@ -139,7 +139,7 @@ class DeepDEM(pl.LightningModule):
         spec = ModelSpec(
             tuple(layers), target, architecture, encoder, chip_size,
             math.nan if dsm_scale is None else float(dsm_scale), uncertainty=uncertainty,
-            options=dict(options or {}), centering=centering,
+            options=dict(options or {}), centering=self.recipe.centering,
         )  # fmt: skip
         built = build_network(spec, encoder_weights) if network is None else network
         self.net = ResidualNet(spec, built)

@@ -55,7 +55,7 @@ def data_folder() -> Path:
 
 
 def fitted(layers: tuple[str, ...] = LAYERS, chip_size: int = 64, **options: object):
-    """Return an untrained DeepDEM that knows a scale, so that it can refine."""
+    """Return an untrained DeepDEM that knows a scale, so that it can refine; centred on chips."""
     import torch
 
     from deepdem import DeepDEM
@@ -63,7 +63,7 @@ def fitted(layers: tuple[str, ...] = LAYERS, chip_size: int = 64, **options: obj
     torch.manual_seed(0)
     model = DeepDEM(
         layers, encoder="tu-mobilenetv3_small_050", chip_size=chip_size, dsm_scale=5.0,
-        options={"decoder_channels": [16, 16, 8, 8, 8]}, **options,
+        options={"decoder_channels": [16, 16, 8, 8, 8]}, **{"centering": "chip", **options},
     )  # fmt: skip
     names = model.spec.standardised
     model.net.spec = replace(

@@ -85,7 +85,7 @@ def test_the_same_seed_gives_the_same_chips_and_validation_is_never_changed(scen
     for a, b, c in zip(val, val_same, val_other, strict=True):
         np.testing.assert_array_equal(a, b)
         np.testing.assert_array_equal(a, c)
-    assert val[0].shape[1:] == (5, 32, 32)
+    assert val[0].shape[1:] == (6, 32, 32)  # the layers and the local level
 
 
 def test_training_and_validation_never_share_a_pixel(scene):
@@ -123,7 +123,7 @@ def test_several_scenes_and_a_tree(scene):
 
 
 def test_masked_pixels_do_not_count():
-    model = _model(dsm_scale=2.0)
+    model = _model(dsm_scale=2.0, centering="chip")
     from deepdem.data import Statistics
 
     model.fit_statistics(

@@ -1,15 +1,18 @@
-"""Overlap and blend: what each choice costs, and how near the truth it comes (measures 6, 12).
+"""Centring, window, overlap and blend: what each costs, and how near the truth it comes.
 
-On a trained network, on the part of its scene that it has not seen: the synthetic scene of the
-demo, and the real quarry where the data are there.
+On trained networks, on the part of their scene that they have not seen: the synthetic scene of the
+demo, and the real quarry where the data are there (measures 3 and 6). The passes a pixel are
+counted, not computed: windows at the scene's edges are in them.
 """
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xarray as xr
 from common import (
     Result,
     Trained,
@@ -25,73 +28,160 @@ from common import (
 )
 
 import deepdem
+import deepdem.predict
 from deepdem.refine import refine
-from deepdem.windows import BLENDS, overlap_px
 
-OVERLAPS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75)
+#: Overlap and blend of a model centred on chips; window, overlap and blend of one with local
+#: centring. `{}` is what refine does by itself.
+CHIP: tuple[dict[str, Any], ...] = (
+    {}, {"overlap": 0.125}, {"overlap": 0.5}, {"overlap": 0.5, "blend": "none"},
+    {"overlap": 0.25, "blend": "linear"}, {"overlap": 0.25, "blend": "gaussian"},
+    {"overlap": 0.25, "blend": "none"},
+)  # fmt: skip
+LOCAL: tuple[dict[str, Any], ...] = (
+    {}, {"overlap": 0.25}, {"overlap": 0.5}, {"overlap": 0.5, "blend": "none"},
+    {"overlap": 0.0, "blend": "none"}, {"window": 128, "overlap": 32}, {"window": 512},
+    {"window": 512, "overlap": 32},
+)  # fmt: skip
+FEW: tuple[dict[str, Any], ...] = ({}, {"overlap": 0.5, "blend": "none"})
 DENSE = 0.875
+Row = dict[str, Any]
 
 
-def default(name: str) -> Any:
-    return inspect.signature(refine).parameters[name].default
+class Counted:
+    """Counts the pixels that pass through networks while it is entered."""
+
+    def __enter__(self) -> Counted:
+        self.pixels, self.predict = 0, deepdem.predict.predict
+
+        def counted(nets: Any, batch: Any, how: Any) -> Any:
+            self.pixels += batch.shape[0] * batch.shape[2] * batch.shape[3]
+            return self.predict(nets, batch, how)
+
+        deepdem.predict.predict = counted
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        deepdem.predict.predict = self.predict
 
 
-def choices(case: Trained, *, small: bool) -> list[Result]:
-    """Print the table of one trained model, and return the measures that follow from it."""
-    ds, width = case.unseen, deepdem.load_model(case.path).spec.chip_size
-    dsm, truth = ds["dsm"].values, ds[case.target].values
+class Judge:
+    """Runs refine on the unseen part of a scene, and says how it went."""
 
-    def run(overlap: float, blend: str) -> np.ndarray:
-        surface: np.ndarray = refine(ds, case.path, overlap=overlap, blend=blend).values
-        return surface
+    def __init__(self, case: Trained):
+        self.case, self.ds = case, case.unseen
+        self.dsm, self.truth = self.ds["dsm"].values, self.ds[case.target].values
+        self.known = np.isfinite(self.truth) & np.isfinite(self.dsm)
+        self.references: dict[int, np.ndarray] = {}
 
-    dense = run(0.75 if small else DENSE, "hann")
-    known = np.isfinite(truth) & np.isfinite(dense)
+    def run(self, **how: Any) -> tuple[xr.DataArray, float]:
+        """Return the surface and the passes a pixel."""
+        with Counted() as count:
+            refined = refine(self.ds, self.case.path, precision="float32", **how).compute()
+        return refined, count.pixels / self.dsm.size
 
-    def judge(surface: np.ndarray, overlap: float) -> dict[str, float]:
-        stride = width - overlap_px(overlap, width)
+    def numbers(self, surface: np.ndarray, width: int, stride: int, dense: np.ndarray) -> Row:
+        known = self.known & np.isfinite(surface)
+        error = (surface - self.truth)[known]
         return {
-            "passes": (width / stride) ** 2,
-            "MAE": float(np.abs(surface - truth)[known].mean()),
-            "RMSE": float(np.sqrt(np.square(surface - truth)[known].mean())),
-            "dense": float(np.abs(surface - dense)[known].mean()),
-            "seam": seam(surface - dsm, width, stride),
+            "MAE": np.abs(error).mean(),
+            "RMSE": np.sqrt(np.square(error).mean()),
+            "NMAD": 1.4826 * np.median(np.abs(error - np.median(error))),
+            "dense": np.abs(surface - dense)[known].mean(),
+            "seam": seam(surface - self.dsm, width, stride),
         }
 
-    found: dict[tuple[float, str], dict[str, float]] = {}
-    wanted = {(default("overlap"), default("blend")), (0.5, "none"), (0.5, "hann")}
-    if not small:
-        wanted |= {(o, b) for o in OVERLAPS for b in BLENDS if o > 0 or b == "none"}
-    for overlap, blend in sorted(wanted):
-        found[overlap, blend] = judge(run(overlap, blend), overlap)
-    old = judge(first_wins(case.path, ds, width // 2), 0.5)
-    rows = [(f"{o:g}", b, *_numbers(f)) for (o, b), f in found.items()]
-    rows.append(("0.5", "first wins", *_numbers(old)))
-    rows.append(
-        (f"{0.75 if small else DENSE}", "hann", *_numbers(judge(dense, 0.75 if small else DENSE)))
-    )
-    initial = float(np.abs(dsm - truth)[known].mean())
-    print(f"{case.name}: initial MAE {initial:.4f} m, {known.sum()} pixels")
-    table(("overlap", "blend", "passes a pixel", "MAE (m)", "RMSE (m)", "to dense (m)", "seam (m)"),
-          rows)  # fmt: skip
-    ours, plain = found[default("overlap"), default("blend")], found[0.5, "none"]
-    name = case.name.split(",")[0]
+    def dense(self, width: int, overlap: float) -> np.ndarray:
+        """Return the reference for windows of `width`: hann, 64 windows at a pixel."""
+        if width not in self.references:
+            self.references[width] = self.run(overlap=overlap, **self.of(width))[0].values
+        return self.references[width]
+
+    def of(self, width: int) -> dict[str, int]:
+        spec = deepdem.load_model(self.case.path).spec
+        return {"window": width} if spec.window_step else {}
+
+    def choice(self, how: dict[str, Any], overlap: float) -> Row:
+        refined, passes = self.run(**how)
+        width = refined.attrs["deepdem_window_px"]
+        stride = width - refined.attrs["deepdem_overlap_px"]
+        found = self.numbers(refined.values, width, stride, self.dense(width, overlap))
+        return {"centring": refined.attrs["deepdem_centering"], "window": width,
+                "overlap": width - stride, "blend": how.get("blend", "hann"), "passes": passes,
+                "default": not how, **found}  # fmt: skip
+
+    def predecessor(self, overlap: float) -> Row:
+        width = deepdem.load_model(self.case.path).spec.chip_size
+        old = first_wins(self.case.path, self.ds, width // 2)
+        found = self.numbers(old, width, width // 2, self.dense(width, overlap))
+        return {"centring": "chip", "window": width, "overlap": width // 2,
+                "blend": "first wins", "passes": 4.0, "default": False, **found}  # fmt: skip
+
+    def left_of_a_bump(self, wide: int, tall: float = 3.0) -> float:
+        """Return how much is left of a smooth bump that is added to the initial DSM."""
+        height, width = self.dsm.shape
+        y, x = np.mgrid[:height, :width]
+        away = np.hypot(y - height / 2, x - width / 2) / wide
+        bump = np.where(away < 0.5, tall * np.cos(np.pi * away) ** 2, 0).astype(np.float32)
+        before = self.run()[0].values
+        after = refine(self.ds.assign(dsm=self.ds["dsm"] + bump), self.case.path,
+                       precision="float32").values  # fmt: skip
+        known = np.isfinite(before) & (bump > 0)
+        return float(((after - before) * bump)[known].sum() / np.square(bump)[known].sum())
+
+
+def choices(made: Callable[[str], Trained], *, small: bool) -> list[Result]:
+    """Print the table of one scene, and return the measures that follow from it."""
+    overlap = 0.75 if small else DENSE
+    rows: list[Row] = []
+    bumps = []
+    for centering in ("chip", "local"):
+        judge = Judge(made(centering))
+        every = CHIP if centering == "chip" else LOCAL
+        rows += [judge.choice(how, overlap) for how in (FEW if small else every)]
+        if centering == "chip":
+            rows.append(judge.predecessor(overlap))
+        widths = (40, 150) if small else (40, 75, 150, 300)
+        left = [f"{judge.left_of_a_bump(wide):.2f}" for wide in widths]
+        bumps.append((centering, *left))
+    initial = float(np.abs(judge.dsm - judge.truth)[judge.known].mean())
+    name = judge.case.name.split(",")[0]
+    print(f"{judge.case.name}: initial MAE {initial:.4f} m, {judge.known.sum()} pixels; * defaults")
+    heads = ("centring", "window", "overlap", "blend", "passes a pixel", "MAE (m)", "RMSE (m)",
+             "NMAD (m)", "to dense (m)", "seam (m)")  # fmt: skip
+    table(heads, [_words(row) for row in rows])
+    print("what is left of a smooth bump of 3 m in the initial DSM, by its width")
+    table(("centring", *(f"{wide} px" for wide in widths)), bumps)
+    return _results(rows, name)
+
+
+def _results(rows: list[Row], name: str) -> list[Result]:
+    chosen = deepdem.DeepDEM(["dsm"], architecture="resdepth").spec.centering
+    ours = next(r for r in rows if r["default"] and r["centring"] == chosen)
+    chip = next(r for r in rows if r["default"] and r["centring"] == "chip")
+    plain = next(r for r in rows if r["centring"] == chosen and r["blend"] == "none"
+                 and r["overlap"] * 2 == r["window"])  # fmt: skip
+    old = next(r for r in rows if r["blend"] == "first wins")
+
+    def over(what: str, other: Row, bar: float | None, title: str) -> Result:
+        return Result(f"{title} ({name})", ours[what] / other[what], bar,
+                      note=f"{ours[what]:.4f} / {other[what]:.4f}")  # fmt: skip
+
     return [
-        Result(f"6. to dense: defaults / overlap 1/2 without blending ({name})",
-               ours["dense"] / plain["dense"], 0.5,
-               note=f"{ours['dense']:.4f} m / {plain['dense']:.4f} m"),
-        Result(f"6. passes a pixel: defaults / overlap 1/2 ({name})",
-               ours["passes"] / plain["passes"], 1.0),
-        Result(f"3. MAE: defaults / predecessor's first wins ({name})", ours["MAE"] / old["MAE"],
-               1.0, note=f"{ours['MAE']:.4f} m / {old['MAE']:.4f} m"),
-        Result(f"3. seam: defaults / predecessor's first wins ({name})", ours["seam"] / old["seam"],
-               1.0, note=f"{ours['seam']:.5f} m / {old['seam']:.5f} m"),
-    ]  # fmt: skip
+        over("dense", plain, 0.5, "6. to dense: defaults / overlap 1/2 without blending"),
+        over("passes", plain, 1.0, "6. passes a pixel: defaults / overlap 1/2"),
+        over("MAE", old, 1.0, "3. MAE: defaults / predecessor's first wins"),
+        over("seam", old, 1.0, "3. seam: defaults / predecessor's first wins"),
+        over("MAE", chip, 1.0, "MAE: defaults / centred on chips, its defaults"),
+        over("passes", chip, 1.0, "passes a pixel: defaults / centred on chips, its defaults"),
+    ]
 
 
-def _numbers(found: dict[str, float]) -> tuple[str, ...]:
-    return (f"{found['passes']:.2f}", *(f"{found[k]:.4f}" for k in ("MAE", "RMSE", "dense")),
-            f"{found['seam']:.5f}")  # fmt: skip
+def _words(row: Row) -> tuple[str, ...]:
+    star = "*" if row["default"] else ""
+    numbers = (f"{row[k]:.4f}" for k in ("MAE", "RMSE", "NMAD", "dense"))
+    return (row["centring"] + star, str(row["window"]), str(row["overlap"]), row["blend"],
+            f"{row['passes']:.2f}", *numbers, f"{row['seam']:.5f}")  # fmt: skip
 
 
 def main() -> None:
@@ -100,15 +190,21 @@ def main() -> None:
     )
     small, data = args.size == "small", data_folder()
     results = []
+
+    def scenes(cache: Path, size: int) -> list[Callable[[str], Trained]]:
+        made = [lambda c: synthetic_model(cache, small=small, chip_size=size, centering=c)]
+        if data is not None:
+            made.append(
+                lambda c: quarry_model(cache, data, small=small, chip_size=size, centering=c)
+            )
+        elif not small:
+            print("no real data (DEEPDEM_DATA): the quarry is left out\n")
+        return made
+
     with folder(args) as cache:
         for chip_size in map(int, args.chips.split(",")):
-            results += choices(synthetic_model(cache, small=small, chip_size=chip_size),
-                               small=small)  # fmt: skip
-            if data is not None:
-                results += choices(quarry_model(cache, data, small=small, chip_size=chip_size),
-                                   small=small)  # fmt: skip
-            elif not small:
-                print("no real data (DEEPDEM_DATA): the quarry is left out\n")
+            for made in scenes(cache, chip_size):
+                results += choices(made, small=small)
     report(results)
 
 

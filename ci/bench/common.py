@@ -194,12 +194,20 @@ def untrained(
     head: float = 30.0,
     **keywords: Any,
 ) -> deepdem.DeepDEM:
-    """Return a network of random weights that gives residuals of metres."""
+    """Return a network of random weights that gives residuals of metres.
+
+    Centred on chips, unless `keywords` say otherwise: what others are measured against takes
+    windows of that width.
+    """
     import torch
 
     torch.manual_seed(0)
     model = deepdem.DeepDEM(
-        list(layers), encoder=encoder, chip_size=window, dsm_scale=5.0, **keywords
+        list(layers),
+        encoder=encoder,
+        chip_size=window,
+        dsm_scale=5.0,
+        **{"centering": "chip", **keywords},
     )
     spec, names = model.spec, model.spec.standardised
     means = {n: 1000.0 if n.startswith("ortho") else 0.4 for n in names}
@@ -227,13 +235,13 @@ class Trained:
 
 
 def trained(
-    cache: Path, name: str, scene: xr.Dataset, *, chip_size: int, minutes: float
+    cache: Path, name: str, scene: xr.Dataset, *, chip_size: int, minutes: float, centering: str
 ) -> Trained:
     """Return a model trained as ``deepdem demo`` does it, on the left 65 % of a prepared scene."""
     from deepdem.layers import describe
 
     edge = round(scene.sizes["x"] * 0.65)
-    path = cache / f"{name}-{chip_size}-{minutes:g}min.safetensors"
+    path = cache / f"{name}-{chip_size}-{centering}-{minutes:g}min.safetensors"
     if not path.exists():
         import pytorch_lightning as pl
 
@@ -244,6 +252,7 @@ def trained(
         model = deepdem.DeepDEM(
             layers, "lidar_dsm", architecture="resdepth",
             options={"start_kernel": 24, "depth": 3}, chip_size=chip_size, learning_rate=2e-3,
+            centering=centering,
         )  # fmt: skip
         data = deepdem.ChipDataModule(
             scene.isel(x=slice(0, edge)), chip_size=chip_size,
@@ -260,7 +269,9 @@ def trained(
     return Trained(f"{name}, window {chip_size}", str(path), unseen)
 
 
-def synthetic_model(cache: Path, *, small: bool, chip_size: int = 64) -> Trained:
+def synthetic_model(
+    cache: Path, *, small: bool, chip_size: int = 64, centering: str = "local"
+) -> Trained:
     """Return a model of the synthetic scene of the demo."""
     shape, minutes = ((256, 768), 0.03) if small else ((1024, 2048), 2.0)
     store = cache / f"demo-{shape[0]}.zarr"
@@ -269,11 +280,13 @@ def synthetic_model(cache: Path, *, small: bool, chip_size: int = 64) -> Trained
         scene.deepdem.prepare().deepdem.to_zarr(store, overwrite=True)
     return trained(
         cache, f"synthetic-{shape[0]}", deepdem.open_scene(store), chip_size=chip_size,
-        minutes=minutes,
+        minutes=minutes, centering=centering,
     )  # fmt: skip
 
 
-def quarry_model(cache: Path, data: Path, *, small: bool, chip_size: int = 64) -> Trained:
+def quarry_model(
+    cache: Path, data: Path, *, small: bool, chip_size: int = 64, centering: str = "local"
+) -> Trained:
     """Return a model of the real quarry, its DSM levelled by the training part's median."""
     from deepdem.sources.folder import find_layers
 
@@ -283,7 +296,10 @@ def quarry_model(cache: Path, data: Path, *, small: bool, chip_size: int = 64) -
     with xr.set_options(keep_attrs=True):
         scene = scene.assign(dsm=scene["dsm"] - np.float32(offset))
     scene = scene.deepdem.prepare().compute()
-    return trained(cache, "quarry", scene, chip_size=chip_size, minutes=0.03 if small else 2.0)
+    return trained(
+        cache, "quarry", scene, chip_size=chip_size, minutes=0.03 if small else 2.0,
+        centering=centering,
+    )  # fmt: skip
 
 
 # --- the predecessor, and what is left at windows' edges -----------------------------------------
