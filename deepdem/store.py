@@ -90,9 +90,9 @@ def scene_to_zarr(
         Whether a finished scene of that name may be replaced.
     precision_m
         Heights are rounded to the largest power of two up to it: 0.001 gives steps of 1/1024 m
-        and errors up to 0.49 mm, and saves 14 to 16 % of their size (1/256 m: 30 %). `attrs` of the
-        layer have the step as ``precision_m``. Decimal millimetres would save 2 %: they leave no
-        bit of a float unused.
+        and errors up to 0.49 mm, and saves a fifth of their size (18 to 24 %, measured). `attrs` of
+        the layer have the step as ``precision_m``. Decimal millimetres would save a tenth of that:
+        they leave no bit of a float unused.
 
     Raises
     ------
