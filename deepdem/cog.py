@@ -21,6 +21,7 @@ from rasterio.windows import Window
 
 from deepdem._run import Key, active_scheduler, compute, progress_bar
 from deepdem.scene import check_scene, dask_layer
+from deepdem.vertical import geotiff_crs
 from deepdem.write import as_dataset, grid_of, slices_of
 
 __all__ = ["write_cog"]
@@ -103,8 +104,9 @@ def _write_pixels(ds: xr.Dataset, path: Path, progress: bool | str) -> None:
     box = grid_of(ds)
     with rasterio.open(
         path, "w", driver="GTiff", height=box.shape.y, width=box.shape.x, count=len(ds.data_vars),
-        dtype="float32", crs=box.crs.to_wkt(), transform=box.affine, nodata=np.nan, tiled=True,
-        blockxsize=512, blockysize=512, interleave="band", BIGTIFF="IF_SAFER", SPARSE_OK=True,
+        dtype="float32", crs=geotiff_crs(box.crs.proj).to_wkt(), transform=box.affine,
+        nodata=np.nan, tiled=True, blockxsize=512, blockysize=512, interleave="band",
+        BIGTIFF="IF_SAFER", SPARSE_OK=True,
     ) as dataset:  # fmt: skip
         dataset.update_tags(**{str(k): str(v) for k, v in ds.attrs.items()})
         for band, (name, layer) in enumerate(ds.data_vars.items(), 1):

@@ -29,6 +29,7 @@ __all__ = [
     "Vertical",
     "check_vertical",
     "convert_heights",
+    "geotiff_crs",
     "horizontal",
     "vertical_from",
     "vertical_of",
@@ -100,6 +101,18 @@ def with_vertical(crs: pyproj.CRS, vertical: Vertical) -> pyproj.CRS:
             "example heights={'dsm': 'EPSG:5773'}"
         )
     return CompoundCRS(f"{flat.name} + {vertical.crs.name}", [flat, vertical.crs])
+
+
+def geotiff_crs(crs: pyproj.CRS) -> pyproj.CRS:
+    """Return the CRS as a GeoTIFF can hold it.
+
+    It has no place for a projected 3-D CRS, nor for a geoid that is only a grid: GDAL puts the
+    whole CRS into a file beside it, which is lost on the way. The horizontal part goes into it;
+    the vertical one is in its tag ``vertical_reference``, which `vertical_of` reads.
+    """
+    bound = crs.is_compound and crs.sub_crs_list[-1].is_bound
+    deep = crs.is_projected and not crs.is_compound and len(crs.axis_info) > 2
+    return horizontal(crs) if bound or deep else crs
 
 
 def _of_crs(crs: pyproj.CRS) -> Vertical | None:

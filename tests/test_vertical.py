@@ -218,6 +218,21 @@ def test_conversion_onto_another_zone_and_back_on_disk(tmp_path):
     assert again.dsm.attrs == ds.dsm.attrs
 
 
+@pytest.mark.parametrize("crs", [f"{UTM}+5773", "3-D", "geoid grid"])
+def test_a_geotiff_keeps_the_place_and_the_reference(crs, tmp_path):
+    if crs == "geoid grid":
+        crs = _custom(_gtx(tmp_path / "small.gtx"), "+proj=utm +zone=31 +datum=WGS84")
+    elif crs == "3-D":
+        crs = CRS(UTM).to_3d().to_wkt()
+    ds = deepdem.stack({"dsm": _heights(crs)})
+    ds.deepdem.to_cog(tmp_path / "a.tif")
+    assert not (tmp_path / "a.tif.aux.xml").exists()
+    back = deepdem.stack({"dsm": tmp_path / "a.tif"})
+    assert back.dsm.attrs["vertical_reference"] == ds.dsm.attrs["vertical_reference"]
+    level = deepdem.stack({"dsm": tmp_path / "a.tif", "red": _heights()})
+    np.testing.assert_array_equal(level.red, _heights())  # one horizontal grid: copied
+
+
 def test_an_epsg_geoid_whose_grid_is_there(egm96):
     ds = deepdem.stack({"dsm": _heights(f"{UTM}+5773")}, vertical_crs="ellipsoid")
     # In this thread: others may have asked PROJ for its folders before.
