@@ -122,9 +122,12 @@ def scene_to_zarr(
         target, group=group, mode="w" if overwrite else "w-", encoding=encoding, zarr_format=3,
         consolidated=False, compute=False,
     )  # fmt: skip
-    writer = _ChunkWriter(target, group)
-    found = plan_statistics(out, pixel_size_m=pixel_size_m(box), store=writer).compute()
-    writer.open().attrs[STATISTICS] = found
+    local = isinstance(target, str) and "://" not in target
+    # A worker may stand in another folder.
+    writer = _ChunkWriter(str(Path(target).absolute()) if local else target, group)
+    if any(layer.dims == ("y", "x") for layer in out.data_vars.values()):
+        found = plan_statistics(out, pixel_size_m=pixel_size_m(box), store=writer).compute()
+        writer.open().attrs[STATISTICS] = found
     mark_complete(target, group)
 
 
@@ -193,10 +196,12 @@ def _geozarr(box: GeoBox) -> dict[str, Any]:
 def _in_one_pass(ds: xr.Dataset) -> xr.Dataset:
     """Return the scene so that a store of all layers needs little memory, and each chunk once."""
     lazy = {name: layer for name, layer in ds.data_vars.items() if layer.chunks is not None}
-    data = settle([layer.data for layer in lazy.values()])
-    return ds.assign(
-        {name: layer.copy(data=d) for (name, layer), d in zip(lazy.items(), data, strict=True)}
-    )
+    layers = {name: layer for name, layer in lazy.items() if layer.dims == ("y", "x")}
+    data = settle([layer.data for layer in layers.values()])
+    settled = zip(layers.items(), data, strict=True)
+    # What is no layer is written with the coordinates.
+    rest = {name: layer.compute() for name, layer in lazy.items() if name not in layers}
+    return ds.assign(rest | {name: layer.copy(data=d) for (name, layer), d in settled})
 
 
 def as_stored(

@@ -182,3 +182,17 @@ def test_to_zarr_reads_once_and_keeps_what_it_found(tmp_path: Any) -> None:
     again = deepdem.open_scene(tmp_path / "s.zarr", "b")
     assert stored_statistics(again) is not None
     assert again.attrs[STATISTICS]["shape"] == [200, 300]
+
+
+def test_what_is_no_layer_is_written_too(tmp_path: Any) -> None:
+    ds = rough((70, 60)).chunk(30)
+    ds["pair"] = xr.concat([ds["dsm"], ds["dsm"] + 1], "band").chunk(band=1)
+    ds["count"] = ((), 3)
+    ds.deepdem.to_zarr(tmp_path / "s.zarr", group="a")
+    back = deepdem.open_scene(tmp_path / "s.zarr", "a")
+    xr.testing.assert_equal(back[["pair", "count"]].compute(), ds[["pair", "count"]].compute())
+    assert list(back.attrs[STATISTICS]["layers"]) == ["dsm", "ortho_left", "lidar_dsm", "valid"]
+    ds[["pair"]].deepdem.to_zarr(tmp_path / "s.zarr", group="b")
+    pair = deepdem.open_scene(tmp_path / "s.zarr", "b")
+    xr.testing.assert_equal(pair.pair.compute(), ds.pair.compute())
+    assert STATISTICS not in pair.attrs
