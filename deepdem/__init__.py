@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from deepdem.scene import stack
     from deepdem.sources.lidar import find_collections, grid_points
     from deepdem.sources.simulated import simulate_stereo
+    from deepdem.sources.stac import hls_ndvi, lidar_3dep
     from deepdem.sources.synthetic import synthetic_scene
     from deepdem.splits import ByScene, Polygons, Stripes
     from deepdem.store import open_scene, open_scenes
@@ -35,7 +36,9 @@ _HOME = {
     "build": "deepdem.builder",
     "find_collections": "deepdem.sources.lidar",
     "grid_points": "deepdem.sources.lidar",
+    "hls_ndvi": "deepdem.sources.stac",
     "import_checkpoint": "deepdem.legacy",
+    "lidar_3dep": "deepdem.sources.stac",
     "load_model": "deepdem.train",
     "open_asp": "deepdem.runs",
     "open_deepdem": "deepdem.runs",
@@ -56,7 +59,9 @@ __all__ = [
     "build",
     "find_collections",
     "grid_points",
+    "hls_ndvi",
     "import_checkpoint",
+    "lidar_3dep",
     "load_model",
     "open_asp",
     "open_deepdem",

@@ -308,6 +308,101 @@ def lidar(
     console.print(out)
 
 
+Catalog = Annotated[str | None, typer.Option(help="The URL of a STAC API.")]
+Sign = Annotated[
+    str | None,
+    typer.Option(
+        help="A function that signs URLs, module:function; planetary_computer:sign_url for the "
+        "default catalogue."
+    ),
+]
+Errors = Annotated[
+    str, typer.Option(help="raise, or nan: go without what cannot be read, and warn.")
+]
+
+
+def _stac_options(sign: str | None, errors: str, catalog: str | None) -> dict[str, Any]:
+    import importlib
+
+    options: dict[str, Any] = {"errors": errors}
+    if catalog is not None:
+        options["catalog"] = catalog
+    if sign is not None:
+        module, _, function = sign.partition(":")
+        try:
+            options["sign"] = getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(
+                f"--sign {sign}: {error}; name it module:function, and install the module"
+            ) from error
+    return options
+
+
+@fetch.command()
+def hls(
+    out: Annotated[str, typer.Argument(help="What to write: x.tif, a COG, or x.zarr.")],
+    datetime: Annotated[str, typer.Option(help="For example 2023-06-01/2023-09-30.")],
+    like: Like = None,
+    group: Group = None,
+    bounds: Bounds = None,
+    resolution: Resolution = None,
+    crs: Crs = None,
+    catalog: Catalog = None,
+    sign: Sign = None,
+    product: Annotated[
+        list[str] | None, typer.Option(help="L30, S30, or L30=collection; may be repeated.")
+    ] = None,
+    max_cloud: Annotated[float, typer.Option(help="Percent, of an item.")] = 50.0,
+    reduce: Annotated[str, typer.Option(help="median, mean, first or best.")] = "median",
+    errors: Errors = "raise",
+    overwrite: Overwrite = False,
+) -> None:
+    """Make a vegetation index from HLS. The same command goes on where it stopped."""
+    from deepdem.fetch import target_grid, write_layer
+    from deepdem.sources.stac import hls_ndvi
+
+    grid = target_grid(like, group=group, bounds=bounds, resolution=resolution, crs=crs)
+    options = _stac_options(sign, errors, catalog)
+    if product:
+        named = {key: collection for key, _, collection in (p.partition("=") for p in product)}
+        options["products"] = named if all(named.values()) else product
+    layer = hls_ndvi(grid, datetime, max_cloud=max_cloud, reduce=reduce, **options)
+    console.print(f"{len(layer.attrs['deepdem_items'])} items")
+    write_layer(layer, out, overwrite=overwrite)
+    console.print(out)
+
+
+@fetch.command(name="lidar-3dep")
+def lidar_rasters(
+    out: Annotated[str, typer.Argument(help="What to write: x.tif, a COG, or x.zarr.")],
+    kind: Annotated[str, typer.Option(help="dsm or dtm.")] = "dsm",
+    like: Like = None,
+    group: Group = None,
+    bounds: Bounds = None,
+    resolution: Resolution = None,
+    crs: Crs = None,
+    catalog: Catalog = None,
+    sign: Sign = None,
+    datetime: Annotated[str | None, typer.Option(help="Of the survey.")] = None,
+    collection: Annotated[str | None, typer.Option(help="Instead of 3dep-lidar-dsm.")] = None,
+    asset: Annotated[str, typer.Option(help="The key of the raster in an item.")] = "data",
+    errors: Errors = "raise",
+    overwrite: Overwrite = False,
+) -> None:
+    """Fetch 3DEP lidar surfaces that are rasters. The same command goes on where it stopped."""
+    from deepdem.fetch import target_grid, write_layer
+    from deepdem.sources.stac import lidar_3dep
+
+    grid = target_grid(like, group=group, bounds=bounds, resolution=resolution, crs=crs)
+    layer = lidar_3dep(
+        grid, kind, datetime=datetime, collection=collection, asset=asset,
+        **_stac_options(sign, errors, catalog),
+    )  # fmt: skip
+    console.print(f"{len(layer.attrs['deepdem_items'])} items")
+    write_layer(layer, out, overwrite=overwrite)
+    console.print(out)
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def train(
     context: typer.Context,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, TypeAlias
@@ -34,6 +34,7 @@ from deepdem.vertical import horizontal
 
 __all__ = [
     "Bounds",
+    "bring",
     "check_grids",
     "crop_grid",
     "flat",
@@ -364,17 +365,9 @@ def regrid(array: xr.DataArray, grid: GeoBox, *, resampling: str, chunks: int) -
     shift = _integer_shift(source, grid)
     zoom = max(_zoom(source, grid), 1.0)
     strip = _strip_px(source, grid) if shift is None else 0
-    whole = Box(0, source.shape.y, 0, source.shape.x)
 
     def region(out: Box) -> Box:
-        if shift is not None:
-            y, x = shift
-            return Box(out.y0 + y, out.y1 + y, out.x0 + x, out.x1 + x).intersect(whole)
-        tile = grid[out.y0 : out.y1, out.x0 : out.x1]
-        # The kernel's radius grows with the target's pixel.
-        radius = 3 * math.ceil(zoom) + 1
-        roi = compute_reproject_roi(source, tile, padding=radius).roi_src
-        return Box(roi[0].start, roi[0].stop, roi[1].start, roi[1].stop).intersect(whole)
+        return _needed(out, source, grid, shift, zoom)
 
     data = map_regions(
         _paste if shift is not None else _warp,
@@ -398,6 +391,56 @@ def regrid(array: xr.DataArray, grid: GeoBox, *, resampling: str, chunks: int) -
     out.attrs = dict(array.attrs)
     out.encoding = {"grid_mapping": "spatial_ref"}
     return out.rename(array.name)
+
+
+def bring(
+    read: Callable[[Box], NDArray[Any]],
+    source: GeoBox,
+    grid: GeoBox,
+    out: Box,
+    *,
+    resampling: str,
+) -> NDArray[np.float32]:
+    """Return the pixels `out` of `grid` from a raster on `source`, as `regrid` makes them.
+
+    Parameters
+    ----------
+    read
+        Takes a region of the source, gives its pixels, NaN no data. It is not asked for nothing.
+    source, grid
+        The grid of the raster, and the target.
+    out
+        Pixels of `grid`.
+    resampling
+        A name of `rasterio.enums.Resampling`.
+    """
+    source, grid = flat(source), flat(grid)
+    shift = _integer_shift(source, grid)
+    zoom = max(_zoom(source, grid), 1.0)
+    region = _needed(out, source, grid, shift, zoom)
+    if region.empty:
+        return np.full(out.shape, np.nan, dtype=np.float32)
+    if shift is not None:
+        return _paste([read(region)], out=out, region=region, shift=shift)
+    return _warp(
+        [read(region)], out=out, region=region, source=source, target=grid, resampling=resampling,
+        zoom=zoom, strip=_strip_px(source, grid),
+    )  # fmt: skip
+
+
+def _needed(
+    out: Box, source: GeoBox, grid: GeoBox, shift: tuple[int, int] | None, zoom: float
+) -> Box:
+    """Return the pixels of `source` that `out`, pixels of `grid`, is made of."""
+    whole = Box(0, source.shape.y, 0, source.shape.x)
+    if shift is not None:
+        y, x = shift
+        return Box(out.y0 + y, out.y1 + y, out.x0 + x, out.x1 + x).intersect(whole)
+    tile = grid[out.y0 : out.y1, out.x0 : out.x1]
+    # The kernel's radius grows with the target's pixel.
+    radius = 3 * math.ceil(zoom) + 1
+    roi = compute_reproject_roi(source, tile, padding=radius).roi_src
+    return Box(roi[0].start, roi[0].stop, roi[1].start, roi[1].stop).intersect(whole)
 
 
 def _zoom(source: GeoBox, target: GeoBox) -> float:
