@@ -72,6 +72,23 @@ def _rewritten(path, change):
     return _changed(path.read_bytes(), change)
 
 
+def test_a_file_from_before_local_centring_is_centred_on_chips(tmp_path):
+    path = tmp_path / "m.safetensors"
+    fitted().save(path)
+
+    def forget(described):
+        del described["spec"]["centering"], described["spec"]["reach_px"]
+
+    assert read_model(_rewritten(path, forget)).spec.centering == "chip"
+    fitted(centering="local").save(path)
+    again = read_model(path).spec
+    assert (again.centering, again.reach_px) == ("local", math.inf)
+    with pytest.raises(ValueError, match="'chip' or 'local'"):
+        read_model(_rewritten(path, lambda d: d["spec"].update(centering="moon")))
+    with pytest.raises(ValueError, match="reach_px=-1"):
+        read_model(_rewritten(path, lambda d: d["spec"].update(reach_px=-1)))
+
+
 def test_a_newer_or_broken_file_says_so(tmp_path):
     path = tmp_path / "m.safetensors"
     fitted().save(path)

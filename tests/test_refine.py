@@ -174,6 +174,34 @@ def local():
     return model.eval()
 
 
+def test_the_presets_say_what_heights_are_relative_to():
+    def centering(**options):
+        return deepdem.DeepDEM(["dsm"], architecture="resdepth", **options).spec.centering
+
+    assert centering() == "local"
+    assert centering(centering="chip") == "chip"
+    assert centering(preset="deepdem2024") == centering(preset="resdepth") == "chip"
+    assert centering(preset="deepdem2024", centering="local") == "local"
+    with pytest.raises(ValueError, match="centering='sun' is not known"):
+        centering(centering="sun")
+
+
+def test_an_ensemble_of_networks_of_small_reach(scene, local):
+    other = deepdem.DeepDEM(
+        LAYERS, architecture="resdepth", options={"start_kernel": 4, "depth": 3}, chip_size=32,
+        centering="local", dsm_scale=5.0,
+    )  # fmt: skip
+    other.net.spec = replace(local.spec, options=other.spec.options, reach_px=23.0)
+    singles = [scene.deepdem.refine(m).compute() for m in (local, other)]
+    both = scene.chunk(y=90, x=111).deepdem.refine([local, other], uncertainty=True, chunks=100)
+    np.testing.assert_allclose(both.refined, (singles[0] + singles[1]) / 2, atol=1e-3)
+    np.testing.assert_allclose(
+        scene.deepdem.refine([local, other], uncertainty=True).compute().refined_std,
+        both.refined_std, atol=1e-3,
+    )  # fmt: skip
+    assert float(both.refined_std.max()) > 0.1
+
+
 def test_beyond_the_reach_of_its_edges_a_window_is_as_good_as_any(scene, local):
     """Any width and overlap that leaves the edges out gives what one window round all gives."""
     holes = scene.copy(deep=True)
