@@ -1,9 +1,10 @@
 """One grid: which one is meant, and a raster of another grid brought onto it.
 
-The kernel is GDAL's warper through rasterio. Two of its habits cost heights centimetres to
+The kernel is GDAL's warper through rasterio. Three of its habits cost heights centimetres to
 decimetres and are set here for good: its transformer between two CRSs is an approximation to an
-eighth of a pixel (which rasterio 1.4 cannot be told to refine), and libraries that pin its
-resampling radius to one source pixel make it pick rather than average when the target is coarser.
+eighth of a pixel (which rasterio 1.4 cannot be told to refine); libraries that pin its
+resampling radius to one source pixel make it pick rather than average when the target is coarser;
+and where the radius is stretched instead, a sloping plane comes out rough.
 """
 
 from __future__ import annotations

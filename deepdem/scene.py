@@ -132,6 +132,10 @@ def stack(
     to = None if vertical_crs is None else vertical_from(vertical_crs)
     if to is None:
         check_vertical(above)
+        # A grid that was taken from elsewhere does not say what these heights are above.
+        own = vertical_of({}, _proj(grid))
+        if own is not None and not all(said is None or said.agrees(own) for said in above.values()):
+            grid = flat(grid)
     elif to.metres != 1:
         raise ValueError(f"vertical_crs={vertical_crs!r} is not in metres: heights here are")
     else:
@@ -151,7 +155,7 @@ def stack(
     return noted(
         ds, "stack", layers={name: array.attrs.get("source") for name, array in opened.items()},
         like=like if isinstance(like, str | None) else type(like).__name__, bounds=bounds,
-        resampling=methods, vertical_crs=vertical_crs,
+        resampling=methods, heights=dict(heights or {}), vertical_crs=vertical_crs,
     )  # fmt: skip
 
 

@@ -38,8 +38,8 @@ __all__ = [
 
 Floats: TypeAlias = "NDArray[np.floating[Any]]"
 
-#: The operation is worked out at every 16th pixel and interpolated between: a transformation by
-#: PROJ takes 0.7 µs a point, a hundred times what the rest of it costs.
+#: The operation is worked out at every 16th pixel and interpolated between: nine times as fast as
+#: asking PROJ at every pixel, and the same to 0.02 mm on a geoid with cells of 10 km.
 _LATTICE_PX = 16
 # What tags say in words. More such words do no harm; what none of them matches stays text.
 _WORDS = (
@@ -75,6 +75,12 @@ class Vertical:
     def metres(self) -> float:
         """How many metres a unit of the heights is."""
         return 1.0 if self.crs is None else float(self.crs.axis_info[-1].unit_conversion_factor)
+
+    def agrees(self, other: Vertical) -> bool:
+        """Return whether heights above both are the same as far as is known."""
+        if self.kind == other.kind == "geoid" and self.crs is not None and other.crs is not None:
+            return bool(self.crs.name == other.crs.name)
+        return self.kind == other.kind
 
 
 def horizontal(crs: pyproj.CRS) -> pyproj.CRS:
@@ -388,14 +394,11 @@ def _converted(
     i, j = rows // _LATTICE_PX, cols // _LATTICE_PX
     node_y, node_x = (np.arange(k[0], k[-1] + 2, dtype=float) * _LATTICE_PX + 0.5 for k in (i, j))
     nodes = _shift(*_places(transform, *np.meshgrid(node_x, node_y)), pipeline, way)
-    v, u = (rows % _LATTICE_PX / _LATTICE_PX)[:, None], (cols % _LATTICE_PX / _LATTICE_PX)[None]
-    i, j = (i - i[0])[:, None], (j - j[0])[None]
-    with np.errstate(invalid="ignore"):
-        a, b = (
-            (1 - v) * ((1 - u) * n[i, j] + u * n[i, j + 1])
-            + v * ((1 - u) * n[i + 1, j] + u * n[i + 1, j + 1])
-            for n in nodes
-        )
+    v, u = (rows % _LATTICE_PX / _LATTICE_PX)[:, None], cols % _LATTICE_PX / _LATTICE_PX
+    i, j = i - i[0], j - j[0]
+    with np.errstate(invalid="ignore"):  # 0 times inf, beside a node beyond the geoid's edge
+        by_row = [(1 - v) * n[i] + v * n[i + 1] for n in nodes]
+        a, b = ((1 - u) * n[:, j] + u * n[:, j + 1] for n in by_row)
         result = a + b * arrays[0]
     # A node beyond the geoid's edge is no reason to lose the pixels before it.
     at = np.isfinite(arrays[0]) & ~np.isfinite(result)

@@ -145,6 +145,19 @@ def test_ellipsoidal_and_geoid_heights_are_not_mixed():
         deepdem.stack(layers, heights={"red": "ellipsoid"})
 
 
+def test_a_grid_from_elsewhere_does_not_say_what_heights_are_above():
+    geoid = _heights(f"{UTM}+5773")
+    own = deepdem.stack({"dsm": geoid}, like=geoid)
+    assert own.odc.geobox.crs.proj.is_compound
+    other = deepdem.stack({"dsm": geoid}, like=geoid, heights={"dsm": "ellipsoid"})
+    assert not other.odc.geobox.crs.proj.is_compound
+    assert other.dsm.attrs["vertical_reference"] == "ellipsoid"
+    step = other.attrs["deepdem_provenance"]
+    assert "ellipsoid" in str(step)
+    words = _heights(VERTICAL="metres above EGM96 geoid")
+    assert deepdem.stack({"dsm": words}, like=geoid).odc.geobox.crs.proj.is_compound
+
+
 def test_geoids_that_differ_are_said():
     with pytest.warns(UserWarning, match="different geoids"):
         check_vertical({"dsm": vertical_from("EPSG:5773"), "lidar_dsm": vertical_from("EPSG:3855")})
