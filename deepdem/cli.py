@@ -280,6 +280,7 @@ def lidar(
     percentile: Annotated[float, typer.Option(help="In a pixel.")] = 98.0,
     max_gap: Annotated[float | None, typer.Option(help="Metres that are interpolated.")] = None,
     ground: Annotated[str, typer.Option(help="auto, classes or smrf.")] = "auto",
+    water: Annotated[bool, typer.Option("--water", help="Class 9 is ground, too.")] = False,
     zscore: Annotated[float | None, typer.Option(help="Leave out outliers beyond it.")] = None,
     points_crs: Annotated[str | None, typer.Option(help="Instead of the files' own.")] = None,
     vertical_unit: Annotated[str | None, typer.Option(help="m, ft or us-ft.")] = None,
@@ -302,7 +303,7 @@ def lidar(
             console.print(f"{c.name} ({year}): {c.density:.1f} points/m², {c.covers:.0%} covered")
     layer = grid_points(
         points, grid, kind, method=method, percentile=percentile, max_gap=max_gap, ground=ground,
-        zscore=zscore, crs=points_crs, vertical_unit=vertical_unit,
+        water=water, zscore=zscore, crs=points_crs, vertical_unit=vertical_unit,
     )  # fmt: skip
     write_layer(layer, out, overwrite=overwrite)
     console.print(out)

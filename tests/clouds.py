@@ -12,6 +12,7 @@ import numpy as np
 import pyproj
 
 LEFT, TOP = 500_000.0, 5_000_000.0
+_MOST = 2**14  # nodes along an axis
 
 
 def draw_points(count: int = 6000, seed: int = 0, width: float = 60.0) -> dict[str, Any]:
@@ -71,19 +72,21 @@ def write_ept(
     level = np.searchsorted(shares / shares[-1], np.random.default_rng(1).random(len(points["x"])))
     xyz = np.stack([points[a] for a in "xyz"])
 
-    def names_of(level: np.ndarray) -> np.ndarray:
-        cell = np.floor((xyz - low[:, None]) / side * 2.0**level).astype(int)
-        return np.array([f"{n}-{a}-{b}-{c}" for n, a, b, c in zip(level, *cell, strict=True)])
+    def keys_of(level: np.ndarray) -> np.ndarray:
+        """Return level, x, y and z of each point's node in one number."""
+        cell = np.floor((xyz - low[:, None]) / side * 2.0**level).astype(np.int64)
+        return ((level * _MOST + cell[0]) * _MOST + cell[1]) * _MOST + cell[2]
 
     for n in range(levels - 1, 0, -1):  # no node without a parent
-        above = names_of(np.minimum(level, n - 1))
+        above = keys_of(np.minimum(level, n - 1))
         level[(level == n) & ~np.isin(above, above[level == n - 1])] = n - 1
-    names = names_of(level)
+    keys = keys_of(level)
     pages: dict[str, dict[str, int]] = {"0-0-0-0": {}}
-    order = np.argsort(names, kind="stable")
-    found, starts = np.unique(names[order], return_index=True)
-    for name, mine in zip(found, np.split(order, starts[1:]), strict=True):
-        n, *at = map(int, name.split("-"))
+    order = np.argsort(keys, kind="stable")
+    found, starts = np.unique(keys[order], return_index=True)
+    for key, mine in zip(found.tolist(), np.split(order, starts[1:]), strict=True):
+        n, *at = (key // _MOST**power % _MOST for power in (3, 2, 1, 0))
+        name = "-".join(map(str, (n, *at)))
         page = pages["0-0-0-0"]
         if n >= 2:
             top = "-".join(map(str, (2, *(a >> (n - 2) for a in at))))
