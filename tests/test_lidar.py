@@ -36,7 +36,7 @@ from deepdem.sources._cells import (
     cell_percentiles,
     without_outliers,
 )
-from deepdem.sources._ground import centres, centroids, fill_gaps, smrf_ground, tin
+from deepdem.sources._ground import centroids, fill_gaps, smrf_ground, tin
 from deepdem.sources.lidar import find_collections, grid_points
 from deepdem.vertical import vertical_of
 
@@ -122,8 +122,9 @@ def test_idw_is_shepards():
 def test_a_triangulation_of_everything_is_scipys():
     points = in_pixels(2, 300)
     box = Box(-10, 50, -10, 50)
-    found = tin(points, centres(box), 1e9, (1.0, 1.0)).reshape(box.shape)
-    wanted = LinearNDInterpolator(points[:2].T, points[2])(centres(box).T).reshape(box.shape)
+    found = tin(points, box, 1e9, (1.0, 1.0))
+    y, x = np.mgrid[-10:50, -10:50] + 0.5
+    wanted = LinearNDInterpolator(points[:2].T, points[2])(x, y)
     both = np.isfinite(found) & np.isfinite(wanted)
     # What is moved before triangulating, by 0.1 mm of a metre, turns hardly any triangle.
     assert np.mean(np.abs(found - wanted)[both] < 1e-4) > 0.999
@@ -147,8 +148,8 @@ def test_a_triangulation_does_not_know_what_lies_beyond_the_gap(
         for n, low, high, s in ((0, box.x0 * step[1], box.x1 * step[1], step[1]),
                                 (1, box.y0 * step[0], box.y1 * step[0], step[0]))
     ))  # fmt: skip
-    whole = tin(every, centres(Box(-20, 60, -20, 60)), gap, step).reshape(80, 80)
-    part = tin(every[:, away <= gap], centres(box), gap, step).reshape(box.shape)
+    whole = tin(every, Box(-20, 60, -20, 60), gap, step)
+    part = tin(every[:, away <= gap], box, gap, step)
     np.testing.assert_array_equal(part, whole[y0 + 20 : y0 + 32, x0 + 20 : x0 + 29])
 
 

@@ -34,7 +34,6 @@ from deepdem.sources._cells import (
 )
 from deepdem.sources._clouds import Cloud, CopcTree, EptTree, LasFile, Raw
 from deepdem.sources._ground import (
-    centres,
     centroids,
     fill_gaps,
     nearest_idw,
@@ -393,7 +392,7 @@ def _raster(
         points = centroids(points, region)
         if job.method == "idw":
             return nearest_idw(points, box, job.gap_m, job.step_m)
-        return tin(points, centres(box), job.gap_m, job.step_m).reshape(box.shape)
+        return tin(points, box, job.gap_m, job.step_m)
     wide = job.wide(box)
     if job.method == "mean":
         cells = cell_means(points, wide)
