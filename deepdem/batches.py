@@ -207,14 +207,21 @@ class TrainLoader(DataLoader[Batch]):
 
 
 def train_loader(
-    batches: TrainBatches, *, workers: int, epoch: int = 0, world: int = 1, rank: int = 0
+    batches: TrainBatches,
+    *,
+    workers: int,
+    epoch: int = 0,
+    batch: int = 0,
+    world: int = 1,
+    rank: int = 0,
 ) -> TrainLoader:
     """Return a loader of training batches that has `workers` processes of its own; 0: none.
 
-    It begins at `epoch`. Of `world` training processes this one is number `rank`.
+    It begins at a batch of an epoch. Of `world` training processes this one is number `rank`.
     """
     sampler = _Numbers(batches, world=world, rank=rank)
     sampler.set_epoch(epoch)
+    sampler.begin = batch
     return TrainLoader(batches, batch_size=None, sampler=sampler, **_processes(workers))
 
 

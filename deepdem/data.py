@@ -188,6 +188,8 @@ class ChipDataModule(pl.LightningDataModule):
         self.regions: dict[Use, list[Region]] = {}
         self._plan: Plan | None = None
         self._fixed: dict[Use, FixedBatches] = {}
+        self._loader: TrainLoader | None = None
+        self._resumed: dict[str, int] = {}
 
     # --- what there is -------------------------------------------------------------------------
 
@@ -330,10 +332,12 @@ class ChipDataModule(pl.LightningDataModule):
                 f"an epoch of {chips} chips has no batch for each of {world} training processes: "
                 "pass a smaller batch_size, or chips_per_epoch="
             )
-        epoch = 0 if self.trainer is None else self.trainer.current_epoch
-        return train_loader(
-            batches, workers=self._workers(train), epoch=epoch, world=world, rank=rank
+        begin = self._resumed or {"epoch": self.trainer.current_epoch if self.trainer else 0}
+        self._loader = train_loader(
+            batches, workers=self._workers(train), world=world, rank=rank, **begin
         )
+        self._resumed = {}
+        return self._loader
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
         """Return the validation chips: the same ones, in the same order, each time.
@@ -357,6 +361,23 @@ class ChipDataModule(pl.LightningDataModule):
         # To start processes takes longer than to read so few chips here.
         workers = self.num_workers if isinstance(self.num_workers, int) else 0
         return fixed_loader(batches, workers=workers)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where training is: the epoch, and how many of its batches have been seen."""
+        if self._loader is None or self.trainer is None:
+            return {}
+        state = self._loader.state_dict()
+        if self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            return {"epoch": state["epoch"] + 1, "batch": 0}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Begin there.
+
+        Lightning would tell the loader as well, but not where the optimizer's schedule has asked
+        for the loader's length before: then it has been made, and is not told any more.
+        """
+        self._resumed = dict(state)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Augment a training batch."""
