@@ -34,7 +34,7 @@ from deepdem.level import LevelRegion, local_level
 from deepdem.models import ModelSpec
 from deepdem.recipes import Recipe
 from deepdem.regions import Plane, Region, SceneReader
-from deepdem.sampling import WEIGHTS, Places, Plan, Weight, fixed_chips, tile_px
+from deepdem.sampling import WEIGHTS, Places, Plan, Weight, fixed_chips, tiling
 from deepdem.scene import check_scene, pixel_size
 from deepdem.splits import Split, Use, split_of
 
@@ -44,8 +44,8 @@ __all__ = ["AUGMENTATIONS", "Batch", "ChipDataModule", "Statistics", "augmented"
 AUGMENTATIONS = ("flip", "rotate", "swap", "noise", "voids")
 #: Of a scene that is larger than memory the statistics are taken from so many tiles.
 _SAMPLED_TILES = 64
-#: Tiles that are open at once in a stream; of what is held in memory more cost nothing.
-_OPEN_TILES, _OPEN_HELD = 4, 64
+#: Tiles that are open at once of what is held in memory: they cost nothing there.
+_OPEN_HELD = 64
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,9 @@ class ChipDataModule(pl.LightningDataModule):
         synthetic scene, 90 s of training each, flips and turns took the gain in MAE from 56 % to
         34 %. With many scenes of many geometries they may help.
     seed
-        The same seed gives the same chips, however many workers there are.
+        The same seed gives the same chips, however many workers there are. Whether regions are
+        held, and how wide tiles are, goes by `cache`: give a number where runs on machines of
+        different memory must see the same chips.
     cache
         What may be held in memory: a number of bytes, or a text such as ``"4 GiB"``; ``"auto"`` is
         a quarter of what is free. Regions that fit are read once and held. Otherwise chips are
@@ -284,11 +286,9 @@ class ChipDataModule(pl.LightningDataModule):
     def _streamed(self, plan: Plan, regions: Sequence[Region]) -> Plan:
         groups = len(self.scenes) if plan.evenly else 1
         streams = LANES * self._world[0]
-        open_tiles = max(_OPEN_TILES, groups)
-        train = self.regions["train"]
-        width = tile_px(
-            sum(r.box.shape[0] * r.box.shape[1] for r in train), size=plan.size,
-            planes=len(regions[0].names), streams=LANES, open_tiles=open_tiles,
+        area = sum(r.box.shape[0] * r.box.shape[1] for r in self.regions["train"])
+        width, open_tiles = tiling(
+            area, size=plan.size, planes=len(regions[0].names), streams=LANES, groups=groups,
             limit=self._limit(),
         )  # fmt: skip
         return replace(plan, tile_px=width, open_tiles=open_tiles, streams=streams)

@@ -35,7 +35,7 @@ __all__ = [
     "Stream",
     "Weight",
     "fixed_chips",
-    "tile_px",
+    "tiling",
 ]
 
 #: A chip that can be taken from what was read.
@@ -137,10 +137,13 @@ class Places:
         return Box(*ends)
 
 
-def tile_px(
-    area_px: int, *, size: int, planes: int, streams: int, open_tiles: int, limit: int
-) -> int:
-    """Return how wide tiles may be.
+def tiling(
+    area_px: int, *, size: int, planes: int, streams: int, groups: int, limit: int
+) -> tuple[int, int]:
+    """Return how wide tiles are and how many of them a stream has open, to fit in memory.
+
+    Widths are multiples of the chip's, so that a little more or less memory changes no chip. The
+    wider a tile, the less is read twice; the more are open, the more places a batch comes from.
 
     Parameters
     ----------
@@ -150,15 +153,22 @@ def tile_px(
         The chip's width.
     planes
         Layers that are read, truth and planes among them.
-    streams, open_tiles
-        How many tiles are open at once: their product.
+    streams
+        How many streams there are.
+    groups
+        Of how many scenes there must be a tile open in each stream.
     limit
-        What they may take in memory, bytes. A tile is one chip wide at least.
+        What all open tiles may take in memory, bytes. A tile is one chip wide at least.
     """
-    widest = int((limit / (4 * planes * streams * open_tiles)) ** 0.5) - size
     # Each stream needs tiles of its own, or workers would read the same.
-    shared_out = max(2 * size, int((area_px / (2 * streams)) ** 0.5))
-    return max(1, min(2048, widest, shared_out))
+    shared_out = int((area_px / (2 * streams)) ** 0.5)
+    for least in (4, 3, 2):
+        open_tiles = max(least, groups)
+        bytes_each = limit / (streams * open_tiles)
+        widest = int((bytes_each / (4 * planes + 1)) ** 0.5) - size
+        if widest >= 3 * size:
+            break
+    return max(1, min(2048, widest, shared_out) // size) * size, open_tiles
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from deepdem.blocks import Box
 from deepdem.regions import Region, SceneReader
-from deepdem.sampling import WEIGHTS, Places, Plan, Stream, fixed_chips, tile_px
+from deepdem.sampling import WEIGHTS, Places, Plan, Stream, fixed_chips, tiling
 from deepdem.splits import Part
 
 NAMES = ("dsm", "lidar_dsm")
@@ -152,9 +152,15 @@ def test_chips_that_stand_still(scene):
 
 
 def test_tiles_keep_to_the_limit():
-    wide = tile_px(10**10, size=256, planes=7, streams=4, open_tiles=4, limit=470_000_000)
-    assert (wide + 256) ** 2 * 7 * 4 * 16 <= 470_000_000
-    assert wide > 512
-    assert tile_px(10**10, size=256, planes=7, streams=4, open_tiles=4, limit=10**12) == 2048
-    assert tile_px(1000**2, size=256, planes=7, streams=4, open_tiles=4, limit=10**12) == 512
-    assert tile_px(10**10, size=256, planes=7, streams=4, open_tiles=4, limit=1) == 1
+    common = {"size": 256, "planes": 7, "streams": 4, "groups": 1}
+    for limit in (470_000_000, 250_000_000, 118_000_000):
+        wide, open_tiles = tiling(10**10, limit=limit, **common)
+        assert (wide + 256) ** 2 * 7 * 4 * 4 * open_tiles <= limit
+        assert wide % 256 == 0
+        assert (wide, open_tiles) == tiling(10**10, limit=round(0.99 * limit), **common)
+    assert (wide, open_tiles) == (256, 2)
+    assert tiling(10**10, limit=500_000_000, **common) == (768, 4)
+    assert tiling(10**10, limit=10**12, **common) == (2048, 4)
+    assert tiling(1500**2, limit=10**12, **common) == (512, 4)
+    assert tiling(10**10, limit=1, **common) == (256, 2)
+    assert tiling(10**10, limit=10**12, **{**common, "groups": 9}) == (2048, 9)

@@ -129,11 +129,11 @@ def torchgeo(store: str, tiffs: str, chips: int, cache: str) -> dict[str, float]
     from torchgeo.datasets import RasterDataset, stack_samples
     from torchgeo.samplers import RandomGeoSampler
 
-    whole = None
-    for name in NAMES:
-        kind = type(name, (RasterDataset,), {"filename_glob": f"{name}.tif", "is_image": True})
-        layer = kind(tiffs)
-        whole = layer if whole is None else whole & layer
+    class Scene(RasterDataset):
+        filename_glob, filename_regex = "dsm.tif", r"(?P<band>[a-z_]+)\.tif"
+        all_bands, separate_files = NAMES, True
+
+    whole = Scene(tiffs)
     sampler = RandomGeoSampler(whole, size=SIZE, length=chips)
     loader = DataLoader(
         whole, batch_size=BATCH, sampler=sampler, num_workers=CORES, collate_fn=stack_samples
