@@ -249,6 +249,8 @@ def _build_one(scene: SceneConfig, store: Any, overwrite: bool) -> SceneReport:
     scene_to_zarr(ds, store, group=scene.name, overwrite=overwrite, **scene.write)
     # Ours are plain ones; other libraries' are classes of their own.
     words = dict.fromkeys(str(w.message) for w in said if w.category is UserWarning)
+    for other in (w for w in said if w.category is not UserWarning):
+        log.debug("scene %r: %s", scene.name, other.message)
     return _described(scene.name, "built", open_scene(store, scene.name), tuple(words))
 
 
