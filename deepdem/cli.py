@@ -176,7 +176,12 @@ def refine(
         str, typer.Argument(help="What to write: x.tif, a COG, or x.zarr, a path or URL.")
     ],
     group: Annotated[str | None, typer.Option(help="The scene's name in the store.")] = None,
-    overlap: Annotated[float, typer.Option(help="Share of a window.")] = 0.5,
+    window: Annotated[
+        int | None, typer.Option(help="Pixels, where the model allows other widths than its own.")
+    ] = None,
+    overlap: Annotated[
+        float | None, typer.Option(help="Share of a window; left out: what suits the model.")
+    ] = None,
     blend: Annotated[str, typer.Option(help="hann, linear, gaussian or none.")] = "hann",
     chunks: Annotated[int | None, typer.Option(help="Width of the result's chunks.")] = None,
     resume: Annotated[
@@ -195,7 +200,10 @@ def refine(
     if tif and resume:
         raise ValueError(f"{out}: a GeoTIFF cannot be resumed, write x.zarr")
     ds = deepdem.open_scene(store, group)
-    refined = ds.deepdem.refine(model, overlap=overlap, blend=blend, chunks=chunks or "auto")
+    refined = ds.deepdem.refine(
+        model, window=window, overlap="auto" if overlap is None else overlap, blend=blend,
+        chunks=chunks or "auto",
+    )  # fmt: skip
     if tif:
         refined.deepdem.to_cog(out)
     else:

@@ -264,7 +264,11 @@ def model_card(net: ResidualNet) -> dict[str, dict[str, str]]:
         + (f", {spec.encoder}" if spec.architecture != "resdepth" else "")
         + _pairs(spec.options, "; "),
         "parameters": f"{sum(p.numel() for p in net.parameters()):,}",
-        "window": f"{spec.chip_size} px{ground}",
+        "chips": f"{spec.chip_size} px{ground}",
+        "heights": "above the local level" if spec.centering == "local" else "above a chip's mean",
+        "windows": f"as wide as a chip, or wider by multiples of {spec.window_step} px"
+        if spec.window_step
+        else "as wide as a chip",
         "pixel size": f"{spec.pixel_size:.4g} m",
         "DSM scale": f"{spec.dsm_scale:.3f} m",
         "hash": weights_hash(net),
