@@ -14,7 +14,7 @@ from pyproj import CRS, Transformer
 from rasterio.transform import from_origin
 
 import deepdem
-from deepdem.grid import pixel_size_m
+from deepdem.grid import pixel_size_m, regrid
 from deepdem.scene import check_scene, geobox_of, pixel_size
 
 UTM = "EPSG:32631"
@@ -428,3 +428,16 @@ def test_the_quarry_stacks(data_folder):
     assert float(ds.dsm.notnull().mean()) == pytest.approx(0.65, abs=0.01)
     error = (ds.dsm - ds.lidar_dsm).compute().median()
     assert float(error) == pytest.approx(-2.37, abs=0.01)
+
+
+@pytest.mark.parametrize("step", [1.0, -1.0])
+def test_a_grid_may_begin_at_the_origin(step):
+    # Of pixels of one unit: GDAL takes such a transform for none.
+    grid = GeoBox((30, 30), Affine(1, 0, 0, 0, step, 0), "EPSG:32631")
+    half = GeoBox((30, 30), grid.transform * Affine.translation(0.5, 0.5), grid.crs)
+    plane = np.add.outer(np.arange(30.0), np.arange(30.0)).astype(np.float32)
+    for source, target, first in ((grid, half, 1.0), (half, grid, 0.0)):
+        layer = xr.DataArray(plane, xr_coords(source, always_yx=True), ("y", "x"), name="a")
+        for chunks in (10, 30):
+            got = regrid(layer.chunk(15), target, resampling="bilinear", chunks=chunks)
+            np.testing.assert_allclose(got[5:9, 5:9], plane[5:9, 5:9] + 2 * first - 1, atol=1e-3)

@@ -195,6 +195,27 @@ def test_nothing_is_read_before_it_is_computed(api, no_compute):
     assert api.files.total > 0
 
 
+def test_a_chunk_is_finished_before_the_next_is_read(api, monkeypatch):
+    read, order = AssetReader.read, []
+    monkeypatch.setattr(
+        AssetReader, "read", lambda self, w: order.append(self.asset["item"]) or read(self, w)
+    )
+
+    def finish(block):
+        order.append("finished")
+        return block
+
+    for layer in (
+        lidar_3dep(GRID, catalog=api.url, chunks=100),
+        hls_ndvi(GRID, "2021-06-01", catalog=api.url, products=["L30"], chunks=100),
+    ):
+        order.clear()
+        with dask.config.set(scheduler="synchronous"):
+            layer.data.map_blocks(finish, dtype=np.float32, meta=np.empty((0, 0))).compute()
+        assert order.count("finished") == 9
+        assert "finished" in order[:4]  # three items, or three bands
+
+
 def test_what_is_missing_is_said_and_not_filled(api, dsm_items):
     with pytest.raises(ValueError, match=r"item 'old' lacks the assets \['B99'\].*data"):
         load_items(dsm_items, GRID, ["B99"])
