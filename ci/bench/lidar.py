@@ -96,29 +96,29 @@ def _warm() -> None:
 # --- memory --------------------------------------------------------------------------------------
 
 
-def child(path: str, width: str, out: str) -> None:
+def child(path: str, width: str, out: str, chunks: str) -> None:
     import dask
 
     with dask.config.set(scheduler="threads", num_workers=2):
-        layer = grid_points(path, square(int(width)), "lidar_dtm", chunks=256)
+        layer = grid_points(path, square(int(width)), "lidar_dtm", chunks=int(chunks))
         layer.deepdem.to_zarr(out, overwrite=True)
     print(peak_mib())
 
 
 def memory(cache: Path, widths: tuple[int, int]) -> list[Result]:
-    peaks = []
+    peaks, (small, large) = [], widths
+    chunks = small // 2  # four of them, and sixteen: both threads have one
     for width in widths:
         done = subprocess.run(
             [sys.executable, str(Path(__file__).resolve()), "--child", cloud(cache, width),
-             str(width), str(cache / "out.zarr")],
+             str(width), str(cache / "out.zarr"), str(chunks)],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         if done.returncode:
             raise RuntimeError(done.stderr[-2000:])
         peaks.append(float(done.stdout.split()[-1]))
-    small, large = widths
     return [Result(
-        f"peak memory of the ground, {large} / {small} m wide, chunks of 256",
+        f"peak memory of the ground, {large} / {small} m wide, chunks of {chunks}",
         peaks[1] / peaks[0], 1.2, note=f"{peaks[1]:.0f} MiB / {peaks[0]:.0f} MiB",
     )]  # fmt: skip
 
@@ -227,7 +227,7 @@ def against_others(data: Path) -> list[Result]:
 
 def main() -> None:
     if sys.argv[1:2] == ["--child"]:
-        child(*sys.argv[2:5])
+        child(*sys.argv[2:6])
         return
     args = options(__doc__, only={"choices": ("speed", "memory", "http", "others")})
     width = {"small": 100, "medium": 500, "full": 1000}[args.size]
