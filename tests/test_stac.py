@@ -448,7 +448,7 @@ def test_it_waits_longer_each_time(monkeypatch):
     assert waits == [0.5, 1.0, 2.0]
 
 
-def test_a_read_that_fails_names_its_item_and_no_token(api, files):
+def test_a_read_that_fails_names_its_item_and_no_token(api, files, caplog):
     files.tell(uses=0)
     layer = lidar_3dep(
         GRID[:50, :50], catalog=api.url, sign=lambda url: f"{url}?sig=secret", **quick(tries=2)
@@ -457,6 +457,8 @@ def test_a_read_that_fails_names_its_item_and_no_token(api, files):
         layer.compute()
     assert "secret" not in str(e.getrepr(chain=True, style="short"))
     assert "/dsm.tif" in str(e.value)
+    assert "403" in caplog.text
+    assert "secret" not in caplog.text
 
 
 def test_a_missing_file_is_an_error_unless_told_otherwise(api, monkeypatch):

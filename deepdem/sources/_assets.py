@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 import threading
 import time
 import warnings
@@ -33,6 +35,17 @@ _GDAL = {
     "GDAL_INGESTED_BYTES_AT_OPEN": "32768",
     "CPL_VSIL_CURL_NON_CACHED": "/vsicurl/",
 }
+
+
+class _NoQueries(logging.Filter):
+    """Takes the queries out of URLs: GDAL logs those that were refused, tokens and all."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = re.sub(r"\?\S+", "?…", record.getMessage()), None
+        return True
+
+
+logging.getLogger("rasterio._env").addFilter(_NoQueries())
 
 
 class AssetWarning(UserWarning):
