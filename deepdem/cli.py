@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from deepdem.cli_fetch import fetch
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,9 +25,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Better elevation models out of satellite stereo.",
 )
-fetch = typer.Typer(no_args_is_help=True, help="Bring a layer from elsewhere onto a grid.")
 app.add_typer(fetch, name="fetch")
 console = Console()
+
+Store = Annotated[str, typer.Argument(help="The Zarr store with the scene.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an x.zarr where it stopped.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an x.zarr that is there.")]
+Group = Annotated[str | None, typer.Option(help="The scene's name in the store.")]
 
 
 def _print_table(table: pd.DataFrame, title: str) -> None:
@@ -170,26 +178,42 @@ def build(
 
 @app.command()
 def refine(
-    store: Annotated[str, typer.Argument(help="The Zarr store with the scene.")],
+    store: Store,
     model: Annotated[str, typer.Argument(help="A saved model: path or URL.")],
     out: Annotated[
         str, typer.Argument(help="What to write: x.tif, a COG, or x.zarr, a path or URL.")
     ],
-    group: Annotated[str | None, typer.Option(help="The scene's name in the store.")] = None,
+    group: Group = None,
+    member: Annotated[
+        list[str] | None, typer.Option(help="A further model of an ensemble; may be repeated.")
+    ] = None,
     window: Annotated[
-        int | None, typer.Option(help="Pixels, where the model allows other widths than its own.")
+        int | None, typer.Option(help="Width of windows, pixels. Default: what suits the model.")
     ] = None,
     overlap: Annotated[
-        float | None, typer.Option(help="Share of a window; left out: what suits the model.")
+        float | None, typer.Option(help="Share of a window, or pixels. Default: as --window.")
     ] = None,
     blend: Annotated[str, typer.Option(help="hann, linear, gaussian or none.")] = "hann",
+    precision: Annotated[str, typer.Option(help="auto, float32 or bf16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    tta: Annotated[
+        bool, typer.Option("--tta", help="See each window in its eight symmetries.")
+    ] = False,
+    uncertainty: Annotated[
+        bool, typer.Option("--uncertainty", help="Write the standard deviation too.")
+    ] = False,
+    fill_voids: Annotated[
+        bool, typer.Option("--fill-voids", help="Predict where the DSM is void; mark it.")
+    ] = False,
     chunks: Annotated[int | None, typer.Option(help="Width of the result's chunks.")] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an x.zarr where it stopped.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an x.zarr that is there.")
-    ] = False,
+    workers: Annotated[
+        int, typer.Option(help="Processes of a local Dask cluster. 0: threads of this one.")
+    ] = 0,
+    scheduler: Annotated[
+        str | None, typer.Option(help="The address of a Dask cluster that is there already.")
+    ] = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Refine a scene's DSM and write it as a COG, or as Zarr, which can be resumed."""
     import deepdem
@@ -200,22 +224,45 @@ def refine(
     if tif and resume:
         raise ValueError(f"{out}: a GeoTIFF cannot be resumed, write x.zarr")
     ds = deepdem.open_scene(store, group)
-    refined = ds.deepdem.refine(
-        model, window=window, overlap="auto" if overlap is None else overlap, blend=blend,
-        chunks=chunks or "auto",
-    )  # fmt: skip
-    if tif:
-        refined.deepdem.to_cog(out)
-    else:
-        refined.deepdem.to_zarr(out, resume=resume, overwrite=overwrite)
+    with _cluster(workers, scheduler):
+        refined = ds.deepdem.refine(
+            [model, *member] if member else model, window=window,
+            overlap="auto" if overlap is None else overlap, blend=blend, precision=precision,
+            device=device, tta=tta, uncertainty=uncertainty, fill_voids=fill_voids,
+            chunks=chunks or "auto",
+        )  # fmt: skip
+        if tif:
+            refined.deepdem.to_cog(out)
+        else:
+            refined.deepdem.to_zarr(out, resume=resume, overwrite=overwrite)
     console.print(out)
+
+
+@contextmanager
+def _cluster(workers: int, scheduler: str | None) -> Iterator[None]:
+    """Compute on a cluster that is there, or on local processes, or else on threads."""
+    if not workers and scheduler is None:
+        yield
+        return
+    if workers and scheduler is not None:
+        raise ValueError("pass --workers or --scheduler, not both")
+    from dask.distributed import Client, LocalCluster
+
+    with ExitStack() as stack:
+        address: Any = scheduler
+        if scheduler is None:
+            address = stack.enter_context(LocalCluster(
+                n_workers=workers, threads_per_worker=1, dashboard_address=None
+            ))  # fmt: skip
+        stack.enter_context(Client(address))
+        yield
 
 
 @app.command()
 def evaluate(
-    store: Annotated[str, typer.Argument(help="The Zarr store with the scene.")],
+    store: Store,
     surface: Annotated[str, typer.Argument(help="The refined surface: a raster, or x.zarr.")],
-    group: Annotated[str | None, typer.Option(help="The scene's name in the store.")] = None,
+    group: Group = None,
     truth: Annotated[str, typer.Option(help="The layer that is the truth.")] = "lidar_dsm",
     by: Annotated[str | None, typer.Option(help="Strata: slope, ndvi or canopy.")] = None,
 ) -> None:
@@ -238,10 +285,10 @@ def _surface(ds: xr.Dataset, path: str) -> xr.Dataset:
 
 @app.command()
 def report(
-    store: Annotated[str, typer.Argument(help="The Zarr store with the scene.")],
+    store: Store,
     surface: Annotated[str, typer.Argument(help="The refined surface: a raster, or x.zarr.")],
     out: Annotated[Path, typer.Argument(help="The HTML file to write.")],
-    group: Annotated[str | None, typer.Option(help="The scene's name in the store.")] = None,
+    group: Group = None,
     truth: Annotated[str, typer.Option(help="The layer that is the truth.")] = "lidar_dsm",
     title: Annotated[str | None, typer.Option(help="The heading.")] = None,
 ) -> None:
@@ -251,165 +298,6 @@ def report(
     ds = deepdem.open_scene(store, group)
     refined = _surface(ds, surface)
     console.print(str(ds.deepdem.report(refined, out, truth=truth, title=title)))
-
-
-Like = Annotated[str | None, typer.Option(help="The grid: a scene, x.zarr, or a raster.")]
-Group = Annotated[str | None, typer.Option(help="The scene's name in the store of --like.")]
-Bounds = Annotated[
-    tuple[float, float, float, float] | None,
-    typer.Option(help="Instead of --like: left bottom right top, in --crs."),
-]
-Resolution = Annotated[float | None, typer.Option(help="With --bounds: of a pixel, in --crs.")]
-Crs = Annotated[str | None, typer.Option(help="With --bounds: for example EPSG:32610.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
-
-
-@fetch.command()
-def lidar(
-    source: Annotated[
-        str,
-        typer.Argument(
-            help="A LAS, LAZ or COPC file, a pattern of them, an ept.json, by path or URL; or "
-            "3dep: the public collections over the place."
-        ),
-    ],
-    out: Annotated[str, typer.Argument(help="What to write: x.tif, a COG, or x.zarr.")],
-    kind: Annotated[
-        str, typer.Option(help="lidar_dsm, lidar_dtm, intensity or density.")
-    ] = "lidar_dsm",
-    like: Like = None,
-    group: Group = None,
-    bounds: Bounds = None,
-    resolution: Resolution = None,
-    crs: Crs = None,
-    method: Annotated[
-        str | None, typer.Option(help="percentile, max, mean, idw; of ground tin or idw.")
-    ] = None,
-    percentile: Annotated[float, typer.Option(help="In a pixel.")] = 98.0,
-    max_gap: Annotated[float | None, typer.Option(help="Metres that are interpolated.")] = None,
-    ground: Annotated[str, typer.Option(help="auto, classes or smrf.")] = "auto",
-    water: Annotated[bool, typer.Option("--water", help="Class 9 is ground, too.")] = False,
-    zscore: Annotated[float | None, typer.Option(help="Leave out outliers beyond it.")] = None,
-    points_crs: Annotated[str | None, typer.Option(help="Instead of the files' own.")] = None,
-    vertical_unit: Annotated[str | None, typer.Option(help="m, ft or us-ft.")] = None,
-    index: Annotated[
-        str | None, typer.Option(help="Of 3dep: another index, a path or URL of a GeoJSON.")
-    ] = None,
-    order: Annotated[str, typer.Option(help="Of 3dep: newest or densest first.")] = "newest",
-    overwrite: Overwrite = False,
-) -> None:
-    """Grid lidar points. The same command goes on where it stopped."""
-    from deepdem.fetch import target_grid, write_layer
-    from deepdem.sources.lidar import USGS_3DEP, find_collections, grid_points
-
-    grid = target_grid(like, group=group, bounds=bounds, resolution=resolution, crs=crs)
-    points: Any = source
-    if source == "3dep":
-        points = find_collections(grid, index=index or USGS_3DEP, order=order)
-        for c in points:
-            year = c.year or "year unknown"
-            console.print(f"{c.name} ({year}): {c.density:.1f} points/m², {c.covers:.0%} covered")
-    layer = grid_points(
-        points, grid, kind, method=method, percentile=percentile, max_gap=max_gap, ground=ground,
-        water=water, zscore=zscore, crs=points_crs, vertical_unit=vertical_unit,
-    )  # fmt: skip
-    write_layer(layer, out, overwrite=overwrite)
-    console.print(out)
-
-
-Catalog = Annotated[str | None, typer.Option(help="The URL of a STAC API.")]
-Sign = Annotated[
-    str | None,
-    typer.Option(
-        help="A function that signs URLs, module:function; planetary_computer:sign_url for the "
-        "default catalogue."
-    ),
-]
-Errors = Annotated[
-    str, typer.Option(help="raise, or nan: go without what cannot be read, and warn.")
-]
-
-
-def _stac_options(sign: str | None, errors: str, catalog: str | None) -> dict[str, Any]:
-    import importlib
-
-    options: dict[str, Any] = {"errors": errors}
-    if catalog is not None:
-        options["catalog"] = catalog
-    if sign is not None:
-        module, _, function = sign.partition(":")
-        try:
-            options["sign"] = getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(
-                f"--sign {sign}: {error}; name it module:function, and install the module"
-            ) from error
-    return options
-
-
-@fetch.command()
-def hls(
-    out: Annotated[str, typer.Argument(help="What to write: x.tif, a COG, or x.zarr.")],
-    datetime: Annotated[str, typer.Option(help="For example 2023-06-01/2023-09-30.")],
-    like: Like = None,
-    group: Group = None,
-    bounds: Bounds = None,
-    resolution: Resolution = None,
-    crs: Crs = None,
-    catalog: Catalog = None,
-    sign: Sign = None,
-    product: Annotated[
-        list[str] | None, typer.Option(help="L30, S30, or L30=collection; may be repeated.")
-    ] = None,
-    max_cloud: Annotated[float, typer.Option(help="Percent, of an item.")] = 50.0,
-    reduce: Annotated[str, typer.Option(help="median, mean, first or best.")] = "median",
-    errors: Errors = "raise",
-    overwrite: Overwrite = False,
-) -> None:
-    """Make a vegetation index from HLS. The same command goes on where it stopped."""
-    from deepdem.fetch import target_grid, write_layer
-    from deepdem.sources.stac import hls_ndvi
-
-    grid = target_grid(like, group=group, bounds=bounds, resolution=resolution, crs=crs)
-    options = _stac_options(sign, errors, catalog)
-    if product:
-        named = {key: collection for key, _, collection in (p.partition("=") for p in product)}
-        options["products"] = named if all(named.values()) else product
-    layer = hls_ndvi(grid, datetime, max_cloud=max_cloud, reduce=reduce, **options)
-    console.print(f"{len(layer.attrs['deepdem_items'])} items")
-    write_layer(layer, out, overwrite=overwrite)
-    console.print(out)
-
-
-@fetch.command(name="lidar-3dep")
-def lidar_rasters(
-    out: Annotated[str, typer.Argument(help="What to write: x.tif, a COG, or x.zarr.")],
-    kind: Annotated[str, typer.Option(help="dsm or dtm.")] = "dsm",
-    like: Like = None,
-    group: Group = None,
-    bounds: Bounds = None,
-    resolution: Resolution = None,
-    crs: Crs = None,
-    catalog: Catalog = None,
-    sign: Sign = None,
-    datetime: Annotated[str | None, typer.Option(help="Of the survey.")] = None,
-    collection: Annotated[str | None, typer.Option(help="Instead of 3dep-lidar-dsm.")] = None,
-    asset: Annotated[str, typer.Option(help="The key of the raster in an item.")] = "data",
-    errors: Errors = "raise",
-    overwrite: Overwrite = False,
-) -> None:
-    """Fetch 3DEP lidar surfaces that are rasters. The same command goes on where it stopped."""
-    from deepdem.fetch import target_grid, write_layer
-    from deepdem.sources.stac import lidar_3dep
-
-    grid = target_grid(like, group=group, bounds=bounds, resolution=resolution, crs=crs)
-    layer = lidar_3dep(
-        grid, kind, datetime=datetime, collection=collection, asset=asset,
-        **_stac_options(sign, errors, catalog),
-    )  # fmt: skip
-    console.print(f"{len(layer.attrs['deepdem_items'])} items")
-    write_layer(layer, out, overwrite=overwrite)
-    console.print(out)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

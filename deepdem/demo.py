@@ -205,6 +205,7 @@ def _refine(
     from deepdem.evaluate import evaluate
     from deepdem.plot import compare
     from deepdem.refine import refine
+    from deepdem.report import write_report
     from deepdem.write import write_zarr
 
     height, width = unseen.sizes["y"], unseen.sizes["x"]
@@ -225,4 +226,6 @@ def _refine(
     figure = compare(unseen, refined, truth=settings.target)
     figure.savefig(settings.out / "demo.png", dpi=130)
     tell(f"Figure: {settings.out / 'demo.png'}")
+    path = write_report(unseen, refined, settings.out / "report.html", truth=settings.target)
+    tell(f"Report: {path}")
     return table

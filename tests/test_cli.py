@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 import pytest
 import rasterio
@@ -45,7 +46,14 @@ def test_the_demo_on_rasters_and_the_commands_on_what_it_leaves(tmp_path):
     assert result.exit_code == 0, result.output
     for word in ("MAE", "NMAD", "LE90", "bias", "count", "dsm", "refined"):
         assert word in result.output
-    names = {"scene.zarr", "model.safetensors", "refined.tif", "demo.png", "table.csv"}
+    names = {
+        "scene.zarr",
+        "model.safetensors",
+        "refined.tif",
+        "demo.png",
+        "table.csv",
+        "report.html",
+    }
     assert {path.name for path in out.iterdir()} == names
     table = pd.read_csv(out / "table.csv", index_col=0)
     assert table.loc["refined", "MAE"] != table.loc["dsm", "MAE"]
@@ -70,6 +78,17 @@ def test_the_demo_on_rasters_and_the_commands_on_what_it_leaves(tmp_path):
     assert run.invoke(app, arguments, catch_exceptions=False).exit_code == 0
     with rasterio.open(whole) as file:
         assert file.shape == (160, 400)
+    both = str(tmp_path / "both.zarr")
+    arguments = ["refine", store, model, both, "--group", "scene", "--workers", "1", "--tta",
+                 "--uncertainty", "--fill-voids", "--precision", "float32", "--overlap",
+                 "0.5"]  # fmt: skip
+    assert run.invoke(app, arguments, catch_exceptions=False).exit_code == 0
+    written = deepdem.open_scene(both)
+    wanted = deepdem.open_scene(store, "scene").deepdem.refine(
+        model, tta=True, uncertainty=True, fill_voids=True, precision="float32", overlap=0.5
+    )
+    for name in ("refined", "refined_std", "filled"):
+        np.testing.assert_allclose(written[name], wanted[name], atol=1e-3)
     arguments = ["evaluate", store, whole, "--group", "scene", "--by", "slope"]
     printed = run.invoke(app, arguments, catch_exceptions=False).output
     assert "NMAD" in printed

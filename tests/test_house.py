@@ -87,6 +87,7 @@ ROOMS = (
     "demo",
     "experiments",
     "accessor",
+    "cli_fetch",
     "cli",
 )
 _FUNCTION_LINES, _MODULE_LINES = 60, 400
