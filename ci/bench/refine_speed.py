@@ -180,13 +180,16 @@ def main() -> None:
         small = {"encoder": "tu-mobilenetv3_small_050"} if args.size == "small" else {}
         model = untrained(LAYERS, window=WINDOW, **small)
         path = saved(model, cache / f"untrained-{args.size}.safetensors")
+        # The same network as it comes by default; the others must take the predecessor's windows.
+        local = untrained(LAYERS, window=WINDOW, centering="local", **small)
+        default = saved(local, cache / f"untrained-local-{args.size}.safetensors")
         stack = torch.from_numpy(np.stack([ds[n].values.astype(np.float32) for n in LAYERS]))
 
         layers = rasters(ds, cache / f"rasters-{width}")
 
-        def ours(**keywords: Any) -> Callable[[], Any]:
+        def ours(model: str = path, **keywords: Any) -> Callable[[], Any]:
             def run() -> None:
-                refined = refine(ds, path, **{"precision": "float32", **keywords})
+                refined = refine(ds, model, **{"precision": "float32", **keywords})
                 refined.to_dataset().deepdem.to_zarr(cache / "refined.zarr", overwrite=True)
 
             return run
@@ -206,7 +209,7 @@ def main() -> None:
         works = {
             "bare": lambda: forward_all(bare.network, batches, threads),
             "refine 1/2": ours(overlap=0.5),
-            "refine": ours(),
+            "refine": ours(default),
             "predecessor": old,
         }
         if (run := monai(net, stack)) is not None:
