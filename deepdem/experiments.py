@@ -26,6 +26,7 @@ import yaml
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
+from pytorch_lightning.utilities import rank_zero_only
 
 from deepdem.data import ChipDataModule
 from deepdem.derive import prepare
@@ -329,6 +330,8 @@ def _one(
     began = time.monotonic()
     args = {**config, **({"ckpt_path": str(last)} if resumed else {})}
     table = train(args, folder, minutes=minutes, tell=tell)
+    if getattr(rank_zero_only, "rank", 0):
+        return  # another process of a distributed training keeps the books
     if table.empty:
         raise ValueError(f"{name}: data.unseen names no part to compare in: 'right 35 %', say")
     net = _told(folder / "model.safetensors")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from deepdem.layers import describe
-from deepdem.models import INTERVALS, OWN, ModelSpec, ResidualNet, build_network
+from deepdem.models import OWN, ModelSpec, ResidualNet, build_network
 
 __all__ = ["model_card", "read_model", "serialise", "weights_hash", "write_model"]
 
@@ -227,7 +227,8 @@ def _check_types(values: Mapping[str, Any]) -> None:
     kinds: dict[str, type | Callable[[Any], bool]] = {
         "layers": names, "target": str, "architecture": str, "encoder": str, "chip_size": int,
         "dsm_scale": number, "pixel_size": number, "temperature": number, "means": numbers,
-        "stds": numbers, "uncertainty": bool, "options": dict, "training": dict,
+        "stds": numbers, "intervals": numbers, "uncertainty": bool, "options": dict,
+        "training": dict,
         "clip": lambda v: v is None or number(v), "centering": str,
         "reach_px": lambda v: v is None or number(v),
     }  # fmt: skip
@@ -303,13 +304,11 @@ def _errors(spec: ModelSpec) -> dict[str, str]:
     if "bf16_rms_m" in told:
         lines["bfloat16 changes"] = f"{told['bf16_rms_m']:.4f} m rms"
     if "calibration" in told:
-        shares = told["calibration"]
-        lines["68 % interval"] = (
-            f"± {INTERVALS['68']:.3f} refined_std, held {shares['inside_68']:.1%}"
-        )
-        lines["95 % interval"] = (
-            f"± {INTERVALS['95']:.3f} refined_std, held {shares['inside_95']:.1%}"
-        )
+        for name, half in spec.intervals.items():
+            held = told["calibration"].get(f"laplace_{name}_holds", math.nan)
+            lines[f"{name} % interval"] = (
+                f"± {half:.3f} refined_std (a Laplace distribution's holds {held:.1%})"
+            )
         lines["scales times"] = f"{spec.temperature:.3f}, fitted to the validation chips"
     return lines or {"errors": "none noted"}
 

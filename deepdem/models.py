@@ -82,7 +82,10 @@ class ModelSpec:
     uncertainty
         Whether a second output channel predicts the scale of a Laplace distribution.
     temperature
-        What that scale is multiplied by, so that intervals hold what they say on validation chips.
+        What that scale is multiplied by, fitted to validation chips.
+    intervals
+        The half-widths of the intervals that hold 68 % and 95 % of the errors, in standard
+        deviations; those of a Laplace distribution until they are fitted.
     clip
         Standardised images and indices beyond this many standard deviations say no more; None:
         they are left as they are.
@@ -103,6 +106,7 @@ class ModelSpec:
     stds: Mapping[str, float] = field(default_factory=dict)
     uncertainty: bool = False
     temperature: float = 1.0
+    intervals: Mapping[str, float] = field(default_factory=lambda: dict(INTERVALS))
     clip: float | None = 10.0
     options: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -140,6 +144,7 @@ class ModelSpec:
         numbers = {"dsm_scale": self.dsm_scale, "pixel_size": self.pixel_size,
                    "temperature": self.temperature, "clip": self.clip,
                    **({} if self.reach_px in (None, math.inf) else {"reach_px": self.reach_px}),
+                   **{f"intervals[{n!r}]": self.intervals.get(n) or 0.0 for n in INTERVALS},
                    **{f"stds[{n!r}]": v for n, v in self.stds.items()}}  # fmt: skip
         for name, value in numbers.items():
             unknown = value is None or (name in ("dsm_scale", "pixel_size") and math.isnan(value))

@@ -17,9 +17,10 @@ __all__ = [
     "LOSSES",
     "PRESETS",
     "SCALE_LOSSES",
+    "Calibration",
     "Recipe",
     "averaged",
-    "fit_temperature",
+    "fit_calibration",
     "flat",
     "recipe_of",
     "warm_cosine",
@@ -207,27 +208,55 @@ def flat(progress: float, warm: float = 0.05, down: float = 0.3) -> float:
 
 # --- calibration ---------------------------------------------------------------------------------
 
-#: The half-width, in scales b, of the interval that holds a share of a Laplace distribution.
-_SHARES = {"68": -math.log(1 - 0.68), "95": -math.log(1 - 0.95)}
+# The shares that intervals are to hold, and a Laplace distribution's half-widths in scales b.
+_SHARES = {"68": 0.68, "95": 0.95}
+_HALVES = {name: -math.log(1 - share) for name, share in _SHARES.items()}
 
 
-def fit_temperature(ratio: Tensor) -> tuple[float, dict[str, float]]:
-    """Return what predicted scales are to be multiplied by, and the shares inside intervals then.
+@dataclass(frozen=True)
+class Calibration:
+    """What predicted scales are worth, as errors on validation chips show it.
 
-    One number for all pixels (temperature scaling; Guo et al., 2017, for class probabilities):
-    the one for which the shares of errors inside the 68 % and the 95 % interval of a Laplace
-    distribution are nearest to what they say, a miss of the second counting twice.
+    Attributes
+    ----------
+    temperature
+        What all scales are to be multiplied by.
+    intervals
+        The half-widths that hold 68 % and 95 % of the errors then, in standard deviations
+        sqrt(2) b.
+    inside
+        The shares that the intervals of a Laplace distribution hold then.
+    """
+
+    temperature: float
+    intervals: dict[str, float]
+    inside: dict[str, float]
+
+
+def fit_calibration(ratio: Tensor) -> Calibration:
+    """Return the calibration of predicted scales.
+
+    One factor for all pixels (temperature scaling; Guo et al., 2017, for class probabilities),
+    for which the shares inside the 68 % and the 95 % interval of a Laplace distribution are
+    nearest to what they say, the worse of the two. Errors over their scales have another shape
+    than that distribution, lighter or heavier in the tails, so that no factor makes both right:
+    intervals are therefore taken from the errors themselves (split conformal prediction; Lei et
+    al., 2018, section 2.2).
 
     Parameters
     ----------
     ratio
         Absolute errors over their predicted scales b, 1-D.
     """
-    sorted_ratio = ratio.double().sort().values
-    halves = torch.tensor(list(_SHARES.values()), dtype=torch.float64)
-    says, weight = halves.new_tensor([0.68, 0.95]), halves.new_tensor([1.0, 2.0])
+    ordered = ratio.double().sort().values
+    halves, says = (torch.tensor(list(d.values()), dtype=torch.float64) for d in (_HALVES, _SHARES))
     factors = torch.logspace(-1, 1, 801, dtype=torch.float64)
-    inside = torch.searchsorted(sorted_ratio, factors[:, None] * halves) / len(ratio)
-    best = int(((inside - says).abs() * weight).amax(dim=1).argmin())
-    shares = dict(zip(_SHARES, inside[best].tolist(), strict=True))
-    return float(factors[best]), shares
+    inside = torch.searchsorted(ordered, factors[:, None] * halves) / len(ratio)
+    best = int((inside - says).abs().amax(dim=1).argmin())
+    factor = float(factors[best])
+    widths = ordered[(says * (len(ordered) - 1)).long()] / (factor * math.sqrt(2))
+    return Calibration(
+        factor,
+        {name: max(float(width), 1e-6) for name, width in zip(_SHARES, widths, strict=True)},
+        dict(zip(_SHARES, inside[best].tolist(), strict=True)),
+    )

@@ -121,9 +121,10 @@ def refine(
     uncertainty
         Whether the standard deviation is given too. It is that of a mixture of all that the
         model offers: its own predicted scale, the members of an ensemble, the symmetries. Errors
-        have heavier tails than a normal distribution's: of a Laplace distribution, with which a
-        model that predicts its scale was calibrated, ``refined`` ± 0.81 ``refined_std`` holds 68 %
-        and ± 2.12 ``refined_std`` 95 % (the factors are in the attributes).
+        are not normally distributed: its attributes ``half_width_of_68_percent_interval`` and
+        ``half_width_of_95_percent_interval`` say how many of it hold that share of the errors, as
+        fitted to the model's validation chips; 0.81 and 2.12, those of a Laplace distribution,
+        where the model was not calibrated.
     fill_voids
         Whether the model also predicts where the initial DSM is void but the images are there,
         from heights interpolated within each window. Filled pixels are marked.
@@ -202,7 +203,7 @@ def refine(
     name = blend if isinstance(blend, str) else f"custom-{tokenize(windows.weights)}"
     attrs = _provenance(ds, specs, how, windows)
     attrs |= {"deepdem_weights": [ref.hash for ref in refs], "deepdem_blend": name}
-    return _result(ds, data, job, attrs, _hashes(arrays, cut))
+    return _result(ds, data, job, attrs, _hashes(arrays, cut), specs)
 
 
 def _windows(
@@ -371,11 +372,11 @@ def _provenance(ds: xr.Dataset, specs: Sequence[Any], how: Any, windows: Windows
 
 
 def _result(
-    ds: xr.Dataset, data: da.Array, job: Job, attrs: dict[str, Any], hashes: da.Array
-) -> xr.DataArray | xr.Dataset:
-    from deepdem.models import INTERVALS
-
-    intervals = {name: round(half, 4) for name, half in INTERVALS.items()}
+    ds: xr.Dataset, data: da.Array, job: Job, attrs: dict[str, Any], hashes: da.Array,
+    specs: Sequence[Any],
+) -> xr.DataArray | xr.Dataset:  # fmt: skip
+    # Of an ensemble, the mean of what its members say.
+    halves = {n: sum(spec.intervals[n] for spec in specs) / len(specs) for n in ("68", "95")}
     coords = {n: ds.coords[n] for n in ("y", "x", "spatial_ref") if n in ds.coords}
     target = describe(attrs["deepdem_target"]).long_name
     words: dict[str, dict[str, Any]] = {
@@ -383,7 +384,7 @@ def _result(
         "refined_std": {
             "long_name": "standard deviation of the refined surface",
             "units": "m",
-            **{f"half_width_of_{k}_percent_interval": v for k, v in intervals.items()},
+            **{f"half_width_of_{k}_percent_interval": round(v, 4) for k, v in halves.items()},
         },
         "filled": {"long_name": "void of the initial DSM, filled", "units": "1"},
     }

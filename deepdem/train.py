@@ -24,7 +24,7 @@ from deepdem.recipes import (
     LOSSES,
     SCALE_LOSSES,
     averaged,
-    fit_temperature,
+    fit_calibration,
     flat,
     recipe_of,
     warm_cosine,
@@ -69,8 +69,8 @@ class DeepDEM(pl.LightningModule):
     uncertainty
         Whether the network also predicts the scale b of a Laplace distribution of its error. It
         is then trained with ``loss="beta_laplace"``, or with ``"laplace"`` if that is asked for.
-        When training ends, one factor for all scales is fitted to the validation chips, and the
-        shares of errors inside the 68 % and the 95 % interval are noted in ``spec.training``.
+        When training ends, one factor for all scales and the half-widths of the 68 % and the 95 %
+        interval are fitted to the validation chips; see `deepdem.recipes.fit_calibration`.
     weights
         A model file to start from: its weights, DSM scale and statistics, which are then kept.
     frozen_encoder
@@ -422,7 +422,7 @@ class DeepDEM(pl.LightningModule):
         self.net.spec = replace(self.spec, training={**self.spec.training, **noted})
 
     def _calibrate(self, loader: Any) -> None:
-        """Fit the one factor of predicted scales to the validation chips."""
+        """Fit the factor of predicted scales, and the intervals, to the validation chips."""
         seen = ErrorStatistics()
         for batch in loader:
             here: Batch = {name: part.to(self.device) for name, part in batch.items()}
@@ -430,11 +430,13 @@ class DeepDEM(pl.LightningModule):
         if not seen.ratios:
             log.warning("no validation chip: the predicted scales are not calibrated")
             return
-        factor, shares = fit_temperature(torch.cat(seen.ratios))
-        noted = {"temperature": factor, **{f"inside_{k}": v for k, v in shares.items()}}
+        found = fit_calibration(torch.cat(seen.ratios))
+        noted = {"temperature": found.temperature,
+                 **{f"laplace_{k}_holds": v for k, v in found.inside.items()}}  # fmt: skip
         self.net.spec = replace(
             self.spec,
-            temperature=self.spec.temperature * factor,
+            temperature=self.spec.temperature * found.temperature,
+            intervals=found.intervals,
             training={**self.spec.training, "calibration": noted},
         )
 

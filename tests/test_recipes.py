@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from deepdem.recipes import LOSSES, averaged, fit_temperature, flat, recipe_of, warm_cosine
+from deepdem.recipes import LOSSES, averaged, fit_calibration, flat, recipe_of, warm_cosine
 
 
 def _inputs(error):
@@ -106,10 +106,24 @@ def test_the_average_forgets_its_beginning():
 def test_the_temperature_is_found(factor):
     draw = np.random.default_rng(0)
     ratio = torch.from_numpy(np.abs(draw.laplace(0, factor, 20_000)))
-    found, inside = fit_temperature(ratio)
-    assert found == pytest.approx(factor, rel=0.03)
-    assert inside["68"] == pytest.approx(0.68, abs=0.01)
-    assert inside["95"] == pytest.approx(0.95, abs=0.01)
+    found = fit_calibration(ratio)
+    assert found.temperature == pytest.approx(factor, rel=0.03)
+    for name, share in (("68", 0.68), ("95", 0.95)):
+        assert found.inside[name] == pytest.approx(share, abs=0.01)
+        laplace = -np.log(1 - share) / np.sqrt(2)
+        assert found.intervals[name] == pytest.approx(laplace, rel=0.05)
+
+
+def test_intervals_hold_what_they_say_whatever_the_shape():
+    """Errors that are normal over their scales: no factor makes both Laplace intervals right."""
+    draw = np.random.default_rng(0)
+    ratio = torch.from_numpy(np.abs(draw.normal(0, 1.7, 20_000)))
+    found = fit_calibration(ratio)
+    std = np.sqrt(2) * found.temperature
+    for name, share in (("68", 0.68), ("95", 0.95)):
+        held = float((ratio <= found.intervals[name] * std).double().mean())
+        assert held == pytest.approx(share, abs=1e-3)
+    assert found.inside["68"] < 0.67
 
 
 def test_presets():
