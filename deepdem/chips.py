@@ -6,7 +6,7 @@ block by block.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import dask.array as da
@@ -22,7 +22,6 @@ from deepdem.statistics import robust_mean
 from deepdem.windows import Axis, overlap_px
 
 __all__ = [
-    "chip_boxes",
     "chip_generator",
     "chip_numbers",
     "chip_starts",
@@ -34,13 +33,38 @@ __all__ = [
 class _Chips(xbatcher.BatchGenerator):  # type: ignore[misc]  # xbatcher ships no types
     """xbatcher's generator, with the chips at the far edges that it drops, and without others."""
 
-    def __init__(self, ds: xr.Dataset, boxes: Sequence[Box], size: int, overlap: int):
+    def __init__(self, ds: xr.Dataset, places: _Selectors, size: int, overlap: int):
+        # Of one chip of the scene: for all of a large one it makes a dict a chip, for a minute.
         super().__init__(
-            ds, {"y": size, "x": size}, {"y": overlap, "x": overlap}, preload_batch=False
-        )
-        self._batch_selectors.selectors = {
-            i: [{"y": slice(b.y0, b.y1), "x": slice(b.x0, b.x1)}] for i, b in enumerate(boxes)
-        }
+            ds.isel(y=slice(size), x=slice(size)), {"y": size, "x": size},
+            {"y": overlap, "x": overlap}, preload_batch=False,
+        )  # fmt: skip
+        self.ds = ds
+        self._batch_selectors.selectors = places
+
+
+class _Selectors(Mapping[int, list[dict[str, slice]]]):
+    """What xbatcher selects for each chip, made when it is asked for; `which`: of all places."""
+
+    def __init__(
+        self, ys: NDArray[np.int64], xs: NDArray[np.int64], size: int,
+        which: NDArray[np.int64] | None = None,
+    ):  # fmt: skip
+        self.ys, self.xs, self.size, self.which = ys, xs, size, which
+
+    def __len__(self) -> int:
+        return len(self.ys) * len(self.xs) if self.which is None else len(self.which)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(len(self)))
+
+    def __getitem__(self, index: int) -> list[dict[str, slice]]:
+        if not 0 <= index < len(self):
+            raise KeyError(index)
+        place = index if self.which is None else int(self.which[index])
+        row, column = divmod(place, len(self.xs))
+        y, x = int(self.ys[row]), int(self.xs[column])
+        return [{"y": slice(y, y + self.size), "x": slice(x, x + self.size)}]
 
 
 def chip_generator(
@@ -74,11 +98,12 @@ def chip_generator(
             "smaller size"
         )
     pixels = overlap_px(overlap, size)
-    chips = chip_boxes(Box(0, box.shape.y, 0, box.shape.x), size, size - pixels)
+    ys, xs = (chip_starts(int(n), size, size - pixels) for n in (box.shape.y, box.shape.x))
+    which = None
     if min_valid > 0:
         share = chip_numbers(_mask(ds), size, size - pixels).compute().ravel()
-        chips = [chip for chip, s in zip(chips, share, strict=True) if s >= min_valid]
-    return _Chips(ds, chips, size, pixels)
+        which = np.flatnonzero(share >= min_valid)
+    return _Chips(ds, _Selectors(ys, xs, size, which), size, pixels)
 
 
 def chip_starts(length: int, size: int, stride: int) -> NDArray[np.int64]:
@@ -92,13 +117,6 @@ def chip_starts(length: int, size: int, stride: int) -> NDArray[np.int64]:
     schema = BatchSchema(line, {"i": size}, {"i": size - stride}, concat_input_bins=False)
     starts = {chips[0]["i"].start for chips in schema.selectors.values()}
     return np.array(sorted(starts | {length - size}), dtype=np.int64)
-
-
-def chip_boxes(region: Box, size: int, stride: int) -> list[Box]:
-    """Return the places of chips over a region, row by row; the last ones are moved inward."""
-    ys = chip_starts(region.shape[0], size, stride) + region.y0
-    xs = chip_starts(region.shape[1], size, stride) + region.x0
-    return [Box(int(y), int(y) + size, int(x), int(x) + size) for y in ys for x in xs]
 
 
 def _mask(ds: xr.Dataset) -> da.Array:

@@ -147,7 +147,11 @@ def torchgeo(store: str, tiffs: str, chips: int, cache: str) -> dict[str, float]
 
 
 def memory(store: str, tiffs: str, chips: int, cache: str) -> dict[str, float]:
-    """Chips of a held scene, and random crops of a preloaded array into one buffer, in turn."""
+    """Chips of a held scene, and random crops of a preloaded array into one buffer, in turn.
+
+    Neither waits for anything: processor time says the same on a busy machine.
+    """
+    clock = time.process_time
     data = module(store, split="top 99 %", cache=True, chips_per_epoch=chips)
     data.setup()
     loader = data.train_dataloader()
@@ -157,18 +161,18 @@ def memory(store: str, tiffs: str, chips: int, cache: str) -> dict[str, float]:
     draw = np.random.default_rng(0)
 
     def plain() -> float:
-        began = time.perf_counter()
+        began = clock()
         for _ in range(chips // BATCH):
             places = draw.integers(0, np.array(array.shape[1:]) - SIZE, (BATCH, 2))
             for k, (y, x) in enumerate(places):
                 buffer[k] = array[:, y : y + SIZE, x : x + SIZE]
-        return chips / (time.perf_counter() - began)
+        return chips / (clock() - began)
 
     def loaded(epoch: int) -> float:
         loader.sampler.set_epoch(epoch)
-        began = time.perf_counter()
+        began = clock()
         total = sum(len(batch["target"]) for batch in loader)
-        return total / (time.perf_counter() - began)
+        return total / (clock() - began)
 
     plain(), loaded(0)
     rates = [(loaded(k), plain()) for k in range(1, 6)]
