@@ -223,7 +223,7 @@ class Region:
                 held[name] = torch.empty(self.box.shape)
                 held[name].share_memory_()  # type: ignore[no-untyped-call]  # of torch
             else:
-                # NumPy asks for huge pages, torch does not: chips are copied twice as fast.
+                # NumPy asks for huge pages, torch does not: crops a third faster.
                 held[name] = torch.from_numpy(np.empty(self.box.shape, dtype=np.float32))
             if not self._plane(name):
                 read[name] = held[name].numpy()
