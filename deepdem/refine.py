@@ -98,7 +98,7 @@ def refine(
     overlap
         Of neighbouring windows: a fraction of a window, or pixels. ``"auto"``: an eighth, 1.3
         forward passes a pixel; a quarter (1.8) where windows are as wide as chips must be. With
-        the networks of the demo and an eighth, results were 1 to 2 mm from those of windows at
+        the networks of the demo and an eighth, results were 2 to 3 mm from those of windows at
         every 32 pixels, and with chips and a quarter, 5 to 6 cm (``ci/bench/choices.py``).
     blend
         A name from `deepdem.windows.BLENDS`, or a callable that takes the width of a window and
