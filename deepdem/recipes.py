@@ -17,6 +17,7 @@ __all__ = [
     "LOSSES",
     "PRESETS",
     "SCALE_LOSSES",
+    "WARM_STEPS",
     "Calibration",
     "Recipe",
     "averaged",
@@ -176,6 +177,11 @@ def recipe_of(preset: str, **changes: Any) -> Recipe:
 
 
 # --- schedules and averages ----------------------------------------------------------------------
+
+
+#: However short a training, the full learning rate is not reached sooner: normalisations have seen
+#: too little by then, and a training of a dozen steps went off by kilometres.
+WARM_STEPS = 50
 
 
 def warm_cosine(progress: float, warm: float = 0.05) -> float:

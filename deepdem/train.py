@@ -23,6 +23,7 @@ from deepdem.monitor import ErrorStatistics, picture
 from deepdem.recipes import (
     LOSSES,
     SCALE_LOSSES,
+    WARM_STEPS,
     averaged,
     fit_calibration,
     flat,
@@ -302,7 +303,9 @@ class DeepDEM(pl.LightningModule):
             step = rates.StepLR(optimizer, step_size=200)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": step, **every_epoch}}
         share = {"cosine": warm_cosine, "flat": flat}[recipe.schedule]
-        by_step = rates.LambdaLR(optimizer, lambda _: share(self._progress()))
+        by_step = rates.LambdaLR(
+            optimizer, lambda step: min(share(self._progress()), (step + 1) / WARM_STEPS)
+        )
         settings = {"scheduler": by_step, "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": settings}
 
