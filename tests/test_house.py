@@ -264,7 +264,7 @@ def _shell_lines(text: str) -> list[str]:
 
 def test_readme_lists_the_modules_in_the_order_of_the_flow() -> None:
     (flow,) = re.findall(r"```text\n(.*?)```", _readme(), re.DOTALL)
-    rows = [line.split(maxsplit=1) for line in flow.splitlines()]
+    rows = [line.split(maxsplit=1) for line in flow.splitlines() if line and line[0] != "#"]
     assert [row[0] for row in rows] == [f"{room}.py" for room in ROOMS]
     assert all(len(row) == 2 for row in rows)
 
