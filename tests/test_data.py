@@ -9,6 +9,7 @@ import pytest
 import torch
 import xarray as xr
 import zarr
+from conftest import LAYERS
 from test_train import _data, _model, _trainer
 
 import deepdem
@@ -77,7 +78,8 @@ def test_set_up_reads_nothing_of_what_is_not_held(scene, no_compute):
         assert len(loader) == data._places() // 8
         with pytest.raises(AssertionError, match="stayed lazy"):
             next(iter(loader))
-    assert next(iter(loader))["layers"].shape == (8, 5, 32, 32)
+    channels = len(LAYERS) + 1  # and the local level
+    assert next(iter(loader))["layers"].shape == (8, channels, 32, 32)
 
 
 def test_stripes_have_test_chips_and_share_no_pixel(scene):
@@ -155,7 +157,8 @@ def test_noise_and_voids_are_the_dsm_s_alone():
 
 
 def test_what_may_be_held(scene):
-    needed = 4 * 6 * 300 * 208  # the rest is narrower than a chip
+    planes = len(LAYERS) + 2  # the local level, and the truth
+    needed = 4 * planes * 300 * 208  # the rest is narrower than a chip
     for cache, held in (("auto", True), (needed, True), (needed - 1, False), ("1 kB", False)):
         data = _set_up(_data(scene, cache=cache, num_workers=0))
         assert {r.held is not None for r in data.regions["train"]} == {held}
