@@ -169,8 +169,9 @@ def monai(net: Any, stack: Tensor) -> Callable[[], Any] | None:
 
 def main() -> None:
     args = options(
-        __doc__, bf16={"action": "store_true", "help": "time bf16 even where the CPU lacks it"}
-    )
+        __doc__, bf16={"action": "store_true", "help": "time bf16 even where the CPU lacks it"},
+        only={"nargs": "+", "help": "of what is timed, such as bare 'refine 1/2'"},
+    )  # fmt: skip
     width = {"small": 512, "medium": 2048, "full": 4096}[args.size]
     repeat = args.repeat or {"small": 1, "medium": 3, "full": 2}[args.size]
     torch.set_num_threads(CORES)
@@ -216,6 +217,9 @@ def main() -> None:
             works["MONAI"] = run
         if args.bf16 or bf16_is_fast("cpu"):
             works["refine 1/2 bf16"] = ours(overlap=0.5, precision="bf16")
+            works["refine bf16"] = ours(default, precision="bf16")
+        if args.only:
+            works = {name: work for name, work in works.items() if name in args.only}
         times = in_turn(works, repeat)
     report(results(times, f"{len(todo)} windows, bare: batch {size}, {threads} thread(s)"))
 
@@ -226,7 +230,8 @@ def results(times: dict[str, list[float]], note: str) -> list[Result]:
         ("1. refine, overlap 1/2 / bare forward passes", "refine 1/2", "bare", 1.15, False),
         ("2. predecessor / refine, overlap 1/2, float32", "predecessor", "refine 1/2", 2.2, True),
         ("2. predecessor / refine, overlap 1/2, bf16", "predecessor", "refine 1/2 bf16", 4, True),
-        ("3. predecessor / refine, defaults", "predecessor", "refine", 5, True),
+        ("3. predecessor / refine, defaults, float32", "predecessor", "refine", 5, True),
+        ("3. predecessor / refine, defaults, bf16", "predecessor", "refine bf16", 5, True),
         ("4. MONAI / refine, overlap 1/2, float32", "MONAI", "refine 1/2", 1.6, True),
     ]
     out = []
@@ -235,8 +240,8 @@ def results(times: dict[str, list[float]], note: str) -> list[Result]:
             figure, spread = ratio(times, one, other)
             out.append(Result(measure, figure, bar, at_least, note=spread))
         else:
-            missing = "MONAI is not installed" if one not in times else "no bf16 on this CPU"
-            out.append(Result(measure, math.nan, note=f"left out: {missing}"))
+            missing = " and ".join(name for name in (one, other) if name not in times)
+            out.append(Result(measure, math.nan, note=f"{missing} not timed"))
     return out
 
 
