@@ -26,7 +26,6 @@ __all__ = [
     "chip_numbers",
     "chip_starts",
     "dsm_scale",
-    "robust_mean",
 ]
 
 

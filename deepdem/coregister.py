@@ -382,7 +382,7 @@ def coregister(
     method
         ``"nuth_kaab"`` (x, y and z), ``"vertical_shift"`` (the median), ``"deramp"`` (a polynomial
         in x and y that is added to ``dsm``), or several in their order: a list, or joined by
-        ``"+"``.
+        ``"+"``. A strong tilt hides a part of the shift: name ``"nuth_kaab+deramp"`` twice over.
     layers
         What moves with ``dsm``. Default: the orthoimages, the triangulation error and ``valid``.
         Name other layers of the stereo run (a confidence, a mask) too, beside these.

@@ -29,7 +29,6 @@ from deepdem.batches import (
     fixed_loader,
     train_loader,
 )  # fmt: skip
-from deepdem.chips import robust_mean
 from deepdem.level import LevelRegion, local_level
 from deepdem.models import ModelSpec
 from deepdem.recipes import Recipe
@@ -37,6 +36,7 @@ from deepdem.regions import Plane, Region, SceneReader
 from deepdem.sampling import WEIGHTS, Places, Plan, Weight, fixed_chips, tiling
 from deepdem.scene import check_scene, pixel_size
 from deepdem.splits import Split, Use, split_of
+from deepdem.statistics import robust_mean
 
 __all__ = ["AUGMENTATIONS", "Batch", "ChipDataModule", "Statistics", "augmented"]
 

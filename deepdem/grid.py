@@ -44,7 +44,6 @@ __all__ = [
     "odc_crs",
     "pixel_size_m",
     "regrid",
-    "same_grid",
 ]
 
 #: ``"intersection"``, ``"union"`` or (left, bottom, right, top) in the grid's CRS.
@@ -85,14 +84,6 @@ def odc_crs(crs: Any) -> CRS:
     proj = pyproj.CRS(crs)
     code = proj.to_epsg(min_confidence=100)
     return CRS(f"EPSG:{code}") if code else CRS(proj.to_wkt())
-
-
-def same_grid(a: GeoBox, b: GeoBox) -> bool:
-    """Return whether two grids have the same shape, CRS and pixels (to a thousandth of one)."""
-    if a.shape != b.shape:
-        return False
-    shift = _integer_shift(a, b)
-    return shift is not None and shift == (0, 0)
 
 
 def _integer_shift(source: GeoBox, target: GeoBox) -> tuple[int, int] | None:
