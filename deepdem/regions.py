@@ -22,6 +22,9 @@ from dask.base import compute
 from dask.system import CPU_COUNT
 from numpy.typing import NDArray
 from torch.utils.data import get_worker_info
+from xarray.backends.zarr import ZarrArrayWrapper
+from xarray.core import indexing
+from zarr.buffer.cpu import NDBuffer
 
 from deepdem.blocks import Box, Kernel, stored_source
 from deepdem.splits import Part
@@ -61,14 +64,14 @@ class SceneReader:
 
     def __init__(self, ds: xr.Dataset, names: Sequence[str]):
         self.shape: tuple[int, int] = (ds.sizes["y"], ds.sizes["x"])
-        self._stored: dict[str, tuple[Any, int, int]] = {}
+        self._stored: dict[str, _Stored] = {}
         self._other: dict[str, xr.Variable] = {}
         for name in names:
             variable = ds[name].variable
             data = variable.data if variable.chunks is not None else None
             source = stored_source(data) if isinstance(data, da.Array) else None
             if source is not None:
-                self._stored[name] = source
+                self._stored[name] = _Stored(*source)
             else:
                 self._other[name] = variable
 
@@ -88,18 +91,13 @@ class SceneReader:
     def read(self, names: Sequence[str], box: Box) -> list[NDArray[np.float32]]:
         """Return the layers over a box, one array each."""
         there = slice(box.y0, box.y1), slice(box.x0, box.x1)
-        found: dict[str, Any] = {}
-        for name in names:
-            if name in self._stored:
-                array, y, x = self._stored[name]
-                moved = slice(box.y0 + y, box.y1 + y), slice(box.x0 + x, box.x1 + x)
-                found[name] = getter(array, moved)
-            else:
-                found[name] = self._other[name][there].data
-        # In a worker the other cores have their own work, and a cluster is out of reach.
-        options = {"scheduler": "synchronous"} if get_worker_info() is not None else {}
-        (values,) = compute([found[name] for name in names], **options)
-        return [np.asarray(v, dtype=np.float32) for v in values]
+        found = {n: self._stored[n].read(box) for n in names if n in self._stored}
+        if other := [n for n in names if n not in found]:
+            # In a worker the other cores have their own work, and a cluster is out of reach.
+            options = {"scheduler": "synchronous"} if get_worker_info() is not None else {}
+            (values,) = compute([self._other[n][there].data for n in other], **options)
+            found |= {n: np.asarray(v, np.float32) for n, v in zip(other, values, strict=True)}
+        return [found[name] for name in names]
 
     def read_into(self, out: Mapping[str, NDArray[np.float32]], box: Box) -> None:
         """Read the layers over a box into arrays of the box's shape."""
@@ -114,23 +112,66 @@ class SceneReader:
             )  # fmt: skip
         for name in targets.keys() - set(chunked):
             targets[name][:] = lazy[name]
-        blocks = [
-            Box(y, min(y + _BLOCK_PX, box.y1), x, min(x + _BLOCK_PX, box.x1))
-            for y, x in product(_steps(box.y0, box.y1), _steps(box.x0, box.x1))
-        ]
 
-        def one(job: tuple[str, Box]) -> None:
-            name, block = job
-            (values,) = self.read([name], block)
-            out[name][block.within(box)] = values
+        def one(job: tuple[str, int]) -> None:
+            name, y = job
+            strip = Box(y, min(_next(y), box.y1), box.x0, box.x1)
+            self._stored[name].read(strip, out[name][strip.within(box)])
 
+        # Strips of whole shards: they lie in one piece in memory, where they can be decoded to.
+        strips = _steps(box.y0, box.y1)
         with ThreadPoolExecutor(CPU_COUNT) as threads:
-            list(threads.map(one, product([n for n in out if n in self._stored], blocks)))
+            list(threads.map(one, product([n for n in out if n in self._stored], strips)))
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A layer as it is stored, and the row and column of it where the scene begins."""
+
+    source: Any
+    y: int
+    x: int
+
+    def read(self, box: Box, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """Return a box of it, in `out` if that is given."""
+        where = (
+            slice(box.y0 + self.y, box.y1 + self.y), slice(box.x0 + self.x, box.x1 + self.x)
+        )  # fmt: skip
+        array = _zarr_array(self.source)
+        if array is None or array.dtype != np.float32:
+            values = np.asarray(getter(self.source, where), dtype=np.float32)
+            if out is None:
+                return values
+            out[:] = values
+            return out
+        # Decoded to where it is wanted: fresh memory costs as much as what is decoded into it.
+        out = np.empty(box.shape, dtype=np.float32) if out is None else out
+        array.get_basic_selection(where, out=NDBuffer.from_numpy_array(out))
+        return out
+
+
+def _zarr_array(source: Any) -> Any:
+    """Return the Zarr array that xarray would read as it is, or None if it would do more."""
+    wrappers = (
+        indexing.ImplicitToExplicitIndexingAdapter, indexing.MemoryCachedArray,
+        indexing.CopyOnWriteArray, indexing.LazilyIndexedArray,
+    )  # fmt: skip
+    while isinstance(source, wrappers):
+        key = getattr(source, "key", None)
+        if key is not None and any(part != slice(None) for part in key.tuple):
+            return None
+        source = source.array
+    return source.get_array() if isinstance(source, ZarrArrayWrapper) else None
+
+
+def _next(lo: int) -> int:
+    """Return where the next shard of a scene begins."""
+    return (lo // _BLOCK_PX + 1) * _BLOCK_PX
 
 
 def _steps(lo: int, hi: int) -> list[int]:
     """Return where blocks begin: at `lo`, and then where shards of the scene do."""
-    return [lo, *range((lo // _BLOCK_PX + 1) * _BLOCK_PX, hi, _BLOCK_PX)]
+    return [lo, *range(_next(lo), hi, _BLOCK_PX)]
 
 
 class Opened:
@@ -228,15 +269,33 @@ class Region:
             if not self._plane(name):
                 read[name] = held[name].numpy()
         self.reader.read_into(read, self.box)
-        for plane in self.planes:
-            if plane.name in held:
-                held[plane.name].numpy()[:] = self._compute(plane, self.box)
+        self._hold_planes(held)
         truth = self.within_part(held[self.target].numpy(), self.box)
         held[self.target] = torch.from_numpy(truth)
-        usable = torch.isfinite(held["dsm"]) & torch.isfinite(held[self.target])
-        for tensor in (held[self.target], usable) if shared else ():
+        usable = np.empty(self.box.shape, dtype=bool)
+        for y in range(0, len(usable), _BLOCK_PX):
+            rows = slice(y, y + _BLOCK_PX)
+            np.isfinite(truth[rows], out=usable[rows])
+            usable[rows] &= np.isfinite(held["dsm"].numpy()[rows])
+        self.held, self.usable = held, torch.from_numpy(usable)
+        for tensor in (held[self.target], self.usable) if shared else ():
             tensor.share_memory_()  # type: ignore[no-untyped-call]  # of torch
-        self.held, self.usable = held, usable
+
+    def _hold_planes(self, held: Mapping[str, torch.Tensor]) -> None:
+        """Compute planes block by block, of what is held where that is enough."""
+        blocks = [
+            Box(y, min(_next(y), self.box.y1), x, min(_next(x), self.box.x1))
+            for y, x in product(_steps(self.box.y0, self.box.y1), _steps(self.box.x0, self.box.x1))
+        ]
+
+        def one(job: tuple[Plane, Box]) -> None:
+            plane, block = job
+            made = held[plane.name].numpy()
+            made[block.within(self.box)] = self._compute(plane, block, held)
+
+        planes = [plane for plane in self.planes if plane.name in held]
+        with ThreadPoolExecutor(CPU_COUNT) as threads:
+            list(threads.map(one, product(planes, blocks)))
 
     def within_part(self, truth: NDArray[np.float32], box: Box) -> NDArray[np.float32]:
         """Return the truth over a box, NaN outside the region's part of the scene."""
@@ -246,10 +305,18 @@ class Region:
     def _plane(self, name: str) -> Plane | None:
         return next((plane for plane in self.planes if plane.name == name), None)
 
-    def _compute(self, plane: Plane, out: Box) -> NDArray[np.float32]:
+    def _compute(
+        self, plane: Plane, out: Box, held: Mapping[str, torch.Tensor] | None = None
+    ) -> NDArray[np.float32]:
         height, width = self.reader.shape
         needed = plane.region(out).intersect(Box(0, height, 0, width))
-        arrays = self.reader.read(plane.inputs, needed)
+        # The truth that is held ends with the part, that of the scene does not.
+        there = set(held or ()) - {self.target}
+        if held and needed == needed.intersect(self.box) and there.issuperset(plane.inputs):
+            place = needed.within(self.box)
+            arrays = [held[name].numpy()[place] for name in plane.inputs]
+        else:
+            arrays = self.reader.read(plane.inputs, needed)
         return np.asarray(plane.kernel(arrays, out=out, region=needed), dtype=np.float32)
 
     def read(self, names: Sequence[str], box: Box) -> list[NDArray[np.float32]]:

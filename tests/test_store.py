@@ -1,17 +1,28 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import warnings
+from multiprocessing import get_all_start_methods
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 
 import numpy as np
+import obstore.store
 import pytest
 import rasterio
 import xarray as xr
 import zarr
 from affine import Affine
 from pyproj import CRS
+from zarr.core.codec_pipeline import BatchedCodecPipeline
+from zarr.registry import register_pipeline
 
 import deepdem
+from deepdem.blocks import stored_source
+from deepdem.regions import _zarr_array
+from deepdem.store import Pipeline, _quick_reading
 
 
 def test_round_trip_keeps_values_crs_attrs_dtypes_and_nan(scene, tmp_path):
@@ -156,3 +167,80 @@ def test_a_store_in_memory(scene):
     store = zarr.storage.MemoryStore()
     scene.deepdem.to_zarr(store, group="m")
     assert deepdem.open_scene(store, "m").dsm.equals(scene.dsm)
+
+
+# --- what reads it -------------------------------------------------------------------------------
+
+
+def _pipeline(ds):
+    source, _, _ = stored_source(ds.dsm.data)
+    return type(_zarr_array(source)._async_array.codec_pipeline)
+
+
+def test_zarrs_reads_what_is_on_a_local_disk_unless_told_otherwise(scene, tmp_path):
+    path, own = tmp_path / "s.zarr", BatchedCodecPipeline
+    scene.chunk(y=256, x=256).deepdem.to_zarr(path)
+    assert _pipeline(deepdem.open_scene(path)) is Pipeline
+    assert _pipeline(deepdem.open_scene(zarr.storage.LocalStore(path))) is Pipeline
+    assert zarr.config.get("codec_pipeline.path").endswith(".BatchedCodecPipeline")
+    (tmp_path / "bucket").mkdir()
+    for other in (
+        zarr.storage.MemoryStore(), "memory://zarrs/s.zarr",
+        zarr.storage.ObjectStore(obstore.store.LocalStore(str(tmp_path / "bucket"))),
+    ):  # fmt: skip
+        scene.deepdem.to_zarr(other)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ds = deepdem.open_scene(other)
+            assert _pipeline(ds) is own
+            xr.testing.assert_equal(ds.compute(), scene)
+    register_pipeline(_Chosen)
+    with zarr.config.set({"codec_pipeline.path": f"{__name__}._Chosen"}):
+        assert _pipeline(deepdem.open_scene(path)) is _Chosen
+
+
+class _Chosen(BatchedCodecPipeline):
+    """A user's own."""
+
+
+def test_zarrs_reads_the_same_holes_and_all(scene, tmp_path):
+    scene.deepdem.to_zarr(tmp_path / "s.zarr")
+    shards = zarr.open_group(tmp_path / "s.zarr", mode="a")
+    layer = np.full((600, 600), np.nan, np.float32)
+    layer[:256] = scene.dsm.values[:1, :1]
+    made = shards.create_array(
+        "sparse",
+        shape=layer.shape,
+        dtype="f4",
+        chunks=(64, 64),
+        shards=(256, 256),
+        fill_value=np.nan,
+    )
+    made[:256] = layer[:256]
+    assert not (tmp_path / "s.zarr/sparse/c/2").exists()  # never written
+    with _quick_reading():
+        array = zarr.open_array(tmp_path / "s.zarr", path="sparse", mode="r")
+    assert type(array._async_array.codec_pipeline) is Pipeline
+    for there in (np.s_[:], np.s_[250:300, 7:90], np.s_[599:, 599:], np.s_[3], np.s_[0:0]):
+        np.testing.assert_array_equal(array[there], layer[there], strict=True)
+    copy = ForkingPickler.loads(bytes(ForkingPickler.dumps(array)))
+    assert type(copy._async_array.codec_pipeline) is Pipeline
+    np.testing.assert_array_equal(copy[:], layer)
+
+
+@pytest.mark.skipif("fork" not in get_all_start_methods(), reason="needs processes that fork")
+def test_a_forked_process_reads_and_does_not_hang(scene, tmp_path):
+    """It has none of the threads that zarrs has started in its parent."""
+    scene.deepdem.to_zarr(tmp_path / "s.zarr")
+    program = (
+        "import os, sys, numpy as np, deepdem\n"
+        "ds = deepdem.open_scene(sys.argv[1], chunks=None)\n"
+        "ds.dsm.load()\n"
+        "if os.fork() == 0:\n"
+        "    os._exit(int(not np.isfinite(ds.ndvi.values).any()))\n"
+        "sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))\n"
+    )
+    subprocess.run(  # noqa: S603  # our own words
+        [sys.executable, "-W", "ignore", "-c", program, str(tmp_path / "s.zarr")],
+        check=True, timeout=60, cwd=Path(__file__).parents[1],
+    )  # fmt: skip
