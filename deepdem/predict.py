@@ -134,11 +134,13 @@ def resolve_device(device: str) -> str:
     """Return the torch device that ``device`` means in this process.
 
     ``"auto"`` is CUDA where there is, each worker of a host its own card in turn; else MPS; else
-    the CPU.
+    the CPU. Workers are told apart by the number that their name ends in, as clusters give them.
     """
     if device != "auto":
         return device
     if torch.cuda.is_available():
+        if "dask_cuda" in sys.modules:
+            return "cuda:0"  # of a list that begins with the worker's own card
         return f"cuda:{_worker_number() % torch.cuda.device_count()}"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
@@ -216,6 +218,10 @@ class _Pool:
         with self.lock:
             if self.executor is None:
                 self.size = max(torch.get_num_threads(), _worker_threads())
+                if _this_worker() is not None:
+                    from deepdem._worker import keep_memory
+
+                    keep_memory()
                 self.executor = ThreadPoolExecutor(
                     self.size, "deepdem", initializer=_one_torch_thread,
                     initargs=(torch.get_num_threads(),),
