@@ -7,7 +7,6 @@ scaling, what stands for no data) is in one place, the same in training and in i
 
 from __future__ import annotations
 
-import copy
 import difflib
 import inspect
 import math
@@ -15,11 +14,10 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from deepdem.layers import describe, truths
 
@@ -31,7 +29,6 @@ __all__ = [
     "ModelSpec",
     "ResidualNet",
     "build_network",
-    "for_inference",
     "wrap_network",
 ]
 
@@ -509,72 +506,3 @@ def _reach_px(spec: ModelSpec, network: nn.Module) -> float:
     places = felt.nonzero()
     far = max(_FAR_PX - int(places.min()), int(places.max()) + 1 - _FAR_PX - _BLOCK_PX)
     return math.inf if far >= _FAR_PX else float(far)
-
-
-def for_inference(net: ResidualNet, *, bf16: bool = False) -> ResidualNet:
-    """Return a copy of the network that gives the same residuals faster and cannot be trained.
-
-    Batch normalisation is folded into the convolution before it, which saves a pass over the
-    activations, and the layout is the one in which convolutions are fastest.
-
-    Parameters
-    ----------
-    net
-        In evaluation mode, on the device where it will run; it is not changed.
-    bf16
-        Whether convolutions run in bfloat16. Where nothing but convolutions and linear layers
-        holds weights once all is folded, so are the weights: autocast would convert them for
-        each batch anew. Elsewhere it is autocast, which keeps normalisations in float32.
-    """
-    size = net.spec.chip_size
-    probe = torch.randn((1, len(net.spec.layers), size, size), generator=torch.Generator())
-    network = _folded(net.network, probe.to(next(net.parameters()).device))
-    fast = ResidualNet(net.spec, network.to(memory_format=torch.channels_last))
-    linear = (nn.modules.conv._ConvNd, nn.Linear)
-    if bf16 and all(isinstance(m, linear) for m in network.modules() if _holds_weights(m)):
-        fast.network.bfloat16()
-        fast.weights_dtype = torch.bfloat16
-    fast.bf16 = bf16
-    return fast.eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def _folded(network: nn.Module, probe: Tensor) -> nn.Module:
-    """Return a copy with batch normalisations folded into convolutions, checked on `probe`.
-
-    Which convolution a normalisation follows is seen in one forward pass. torch.fx lost: while it
-    traces, it replaces `nn.Module.__call__` for the whole process, where other threads run models.
-    """
-    folded = copy.deepcopy(network)
-    outputs: list[tuple[Tensor, str]] = []  # held, so that no other tensor gets their identity
-    pairs: list[tuple[str, str]] = []
-
-    def saw(name: str) -> Callable[..., None]:
-        return lambda _, __, output: outputs.append((output, name))
-
-    def takes(name: str) -> Callable[..., None]:
-        return lambda _, args: pairs.extend((conv, name) for t, conv in outputs if t is args[0])
-
-    hooks = []
-    for name, module in folded.named_modules():
-        # Not their subclasses: some are activations as well.
-        if type(module) is nn.Conv2d:
-            hooks.append(module.register_forward_hook(saw(name)))
-        elif type(module) is nn.BatchNorm2d and module.track_running_stats:
-            hooks.append(module.register_forward_pre_hook(takes(name)))
-    wanted = folded(probe)
-    for hook in hooks:
-        hook.remove()
-    for conv, norm in pairs:
-        before = cast(nn.Conv2d, folded.get_submodule(conv))
-        after = cast(nn.BatchNorm2d, folded.get_submodule(norm))
-        folded.set_submodule(conv, fuse_conv_bn_eval(before, after))
-        folded.set_submodule(norm, nn.Identity())
-    off = (folded(probe) - wanted).abs().max() / wanted.std()
-    # A convolution whose output is used twice, or before and after, cannot be folded.
-    return folded if off < 1e-3 else copy.deepcopy(network)
-
-
-def _holds_weights(module: nn.Module) -> bool:
-    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-    return any(tensor.is_floating_point() for tensor in own)

@@ -309,6 +309,7 @@ def _batch(
 
 def auto_batch(device: str, width: int) -> int:
     """Return how many windows of `width` suit a device in one forward pass."""
-    # Two windows of 256 on a CPU: what the allocator keeps between layers (see predict.py).
-    pixels = 2 * 256**2 if device == "cpu" else 32 * 256**2
+    # Four windows of 256 on a CPU: weights are loaded once for all, and the allocator still keeps
+    # between layers what it gave (see predict.py).
+    pixels = 4 * 256**2 if device == "cpu" else 32 * 256**2
     return max(1, min(pixels // width**2, 64))

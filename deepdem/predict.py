@@ -23,8 +23,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from deepdem.inference import for_inference
 from deepdem.modelfile import read_model, serialise, weights_hash
-from deepdem.models import OWN, ModelSpec, ResidualNet, for_inference
+from deepdem.models import OWN, ModelSpec, ResidualNet
 
 __all__ = [
     "ModelRef",
@@ -230,6 +231,7 @@ class _Pool:
 
 
 def _one_torch_thread(others: int) -> None:
+    torch.get_num_threads()  # what a thread starts with is set when it first asks: before ours
     torch.set_num_threads(1)
     # That also sets what threads start with that are yet to come: put it back for the user's.
     restore = threading.Thread(target=torch.set_num_threads, args=(others,))

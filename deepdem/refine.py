@@ -104,7 +104,7 @@ def refine(
         A name from `deepdem.windows.BLENDS`, or a callable that takes the width of a window and
         gives positive weights along one axis. Weights are normalised by their sum at each pixel.
     batch_size
-        Windows in one forward pass; ``"auto"``: of 256 pixels 2 on a CPU, where passes run side
+        Windows in one forward pass; ``"auto"``: of 256 pixels 4 on a CPU, where passes run side
         by side, and 32 on a card.
     device
         ``"auto"`` (CUDA, else MPS, else CPU), or a torch device.

@@ -17,8 +17,9 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from deepdem.data import Batch, Statistics
+from deepdem.inference import for_inference
 from deepdem.modelfile import read_model, write_model
-from deepdem.models import OWN, ModelSpec, ResidualNet, build_network, for_inference
+from deepdem.models import OWN, ModelSpec, ResidualNet, build_network
 from deepdem.monitor import ErrorStatistics, picture
 from deepdem.recipes import (
     LOSSES,

@@ -65,6 +65,7 @@ ROOMS = (
     "sampling",
     "batches",
     "models",
+    "inference",
     "modelfile",
     "recipes",
     "monitor",

@@ -8,7 +8,7 @@ import torch
 from conftest import fitted
 
 import deepdem
-from deepdem.models import ModelSpec, ResidualNet, build_network, for_inference
+from deepdem.models import ModelSpec, ResidualNet, build_network
 
 
 def _spec(**change):
@@ -206,54 +206,3 @@ def test_heights_are_float32_under_a_trainer_s_autocast():
     assert residual.dtype == torch.float32
     with torch.no_grad():
         np.testing.assert_allclose(residual, net(_batch(height=4000.0)), atol=0.2)
-
-
-def _normalised(net):
-    """Return the network, its batch normalisations as training leaves them."""
-    draw = torch.Generator().manual_seed(0)
-    for module in net.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            for tensor, low in (
-                (module.running_mean, -0.2), (module.running_var, 0.6),
-                (module.weight.data, 0.7), (module.bias.data, -0.2),
-            ):  # fmt: skip
-                tensor.uniform_(low, low + 0.5, generator=draw)
-    return net.eval()
-
-
-@pytest.mark.parametrize("encoder", ["resnet18", "tu-mobilenetv3_small_050"])
-def test_what_is_made_for_inference_gives_the_same(encoder):
-    spec = _spec(architecture="unet", encoder=encoder, options={}, chip_size=64)
-    net = _normalised(ResidualNet(spec))
-    x = torch.cat([_batch()] * 2, dim=-1).repeat(1, 1, 2, 1)
-    before = {k: v.clone() for k, v in net.state_dict().items()}
-    with torch.inference_mode():
-        exact, fast = net(x), for_inference(net)(x)
-        rough = for_inference(net, bf16=True)(x)
-    assert exact.std() > 1e-3
-    torch.testing.assert_close(fast, exact, atol=1e-3 * float(exact.std()), rtol=0)
-    assert 0 < (rough - exact).square().mean().sqrt() < 0.1 * exact.std()
-    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())  # not changed
-
-
-def test_batch_normalisation_is_folded_and_bf16_weights_are_kept_where_it_is_safe():
-    net = _normalised(ResidualNet(_spec()))
-    fast = for_inference(net, bf16=True)
-    assert any(isinstance(m, torch.nn.BatchNorm2d) for m in net.modules())
-    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in fast.modules())
-    assert fast.weights_dtype == torch.bfloat16
-
-    class Twice(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.norm = torch.nn.Conv2d(3, 1, 3, padding=1), torch.nn.BatchNorm2d(1)
-
-        def forward(self, x):
-            x = self.conv(x)
-            return self.norm(x) + x
-
-    own = _normalised(ResidualNet(_spec(), Twice()))
-    kept = for_inference(own, bf16=True)
-    assert kept.bf16
-    assert kept.weights_dtype == torch.float32  # autocast: a normalisation is among the weights
-    torch.testing.assert_close(for_inference(own)(_batch()), own(_batch()))

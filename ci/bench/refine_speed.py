@@ -38,7 +38,7 @@ from rasterio.windows import Window
 from torch import Tensor
 
 import deepdem
-from deepdem.models import for_inference
+from deepdem.inference import for_inference
 from deepdem.predict import bf16_is_fast
 from deepdem.refine import refine
 

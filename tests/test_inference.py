@@ -1,0 +1,142 @@
+"""Networks made fast for inference give what they gave."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_models import _batch, _spec
+
+from deepdem.inference import UpsampledConv, WinogradConv, for_inference
+from deepdem.models import ResidualNet
+
+
+def _normalised(net):
+    """Return the network, its batch normalisations as training leaves them."""
+    draw = torch.Generator().manual_seed(0)
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for tensor, low in (
+                (module.running_mean, -0.2), (module.running_var, 0.6),
+                (module.weight.data, 0.7), (module.bias.data, -0.2),
+            ):  # fmt: skip
+                tensor.uniform_(low, low + 0.5, generator=draw)
+    return net.eval()
+
+
+@pytest.mark.parametrize("encoder", ["resnet18", "tu-mobilenetv3_small_050"])
+def test_what_is_made_for_inference_gives_the_same(encoder):
+    spec = _spec(architecture="unet", encoder=encoder, options={}, chip_size=64)
+    net = _normalised(ResidualNet(spec))
+    x = torch.cat([_batch()] * 2, dim=-1).repeat(1, 1, 2, 1)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    with torch.inference_mode():
+        exact, fast = net(x), for_inference(net)(x)
+        rough = for_inference(net, bf16=True)(x)
+    assert exact.std() > 1e-3
+    torch.testing.assert_close(fast, exact, atol=1e-3 * float(exact.std()), rtol=0)
+    assert 0 < (rough - exact).square().mean().sqrt() < 0.1 * exact.std()
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())  # not changed
+
+
+def test_batch_normalisation_is_folded_and_bf16_weights_are_kept_where_it_is_safe():
+    net = _normalised(ResidualNet(_spec()))
+    fast = for_inference(net, bf16=True)
+    assert any(isinstance(m, torch.nn.BatchNorm2d) for m in net.modules())
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in fast.modules())
+    assert fast.weights_dtype == torch.bfloat16
+
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = torch.nn.Conv2d(3, 1, 3, padding=1), torch.nn.BatchNorm2d(1)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return self.norm(x) + x
+
+    own = _normalised(ResidualNet(_spec(), Twice()))
+    kept = for_inference(own, bf16=True)
+    assert kept.bf16
+    assert kept.weights_dtype == torch.float32  # autocast: a normalisation is among the weights
+    torch.testing.assert_close(for_inference(own)(_batch()), own(_batch()))
+
+
+def _draw(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _conv(inputs, outputs, *, bias=True):
+    conv = torch.nn.Conv2d(inputs, outputs, 3, padding=1, bias=bias)
+    torch.nn.init.normal_(conv.weight, generator=torch.Generator().manual_seed(7))
+    return conv
+
+
+@torch.inference_mode()
+@given(
+    n=st.integers(1, 5), down=st.integers(1, 9), across=st.integers(1, 40),
+    channels=st.integers(1, 5), bias=st.booleans(), last=st.booleans(),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_winograd_is_the_convolution(n, down, across, channels, bias, last):
+    conv = _conv(channels, 3, bias=bias)
+    x = _draw(1, n, channels, 4 * down, 4 * across)
+    if last:
+        x = x.to(memory_format=torch.channels_last)
+    exact = torch.nn.functional.conv2d(
+        x.double(), conv.weight.double(), conv.bias.double() if bias else None, padding=1
+    )
+    found = WinogradConv(conv)(x)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert float((found - exact).abs().max()) < 2e-5 * float(exact.std())
+
+
+@torch.inference_mode()
+def test_winograd_rounds_little_and_leaves_odd_widths_to_the_convolution():
+    conv = _conv(128, 128)
+    x = _draw(2, 2, 128, 16, 16)
+    exact = torch.nn.functional.conv2d(
+        x.double(), conv.weight.double(), conv.bias.double(), padding=1
+    )
+    rms = (WinogradConv(conv)(x) - exact).square().mean().sqrt() / exact.std()
+    assert rms < 2e-6  # direct convolution: 0.2e-6
+    odd = x[:, :, :15, :14]
+    assert torch.equal(WinogradConv(conv)(odd), conv(odd))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("skip", [0, 3])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 8)])
+def test_upsampling_and_convolution_are_one(skip, shape):
+    conv = _conv(5 + skip, 4)
+    x = _draw(3, 2, 5, *shape)
+    beside = _draw(4, 2, skip, 2 * shape[0], 2 * shape[1]) if skip else None
+    large = torch.nn.functional.interpolate(x, scale_factor=2, mode="nearest")
+    exact = conv(large if beside is None else torch.cat([large, beside], dim=1))
+    torch.testing.assert_close(UpsampledConv(conv, 5)(x, beside), exact, atol=1e-5, rtol=0)
+
+
+def test_what_is_rewritten_and_where():
+    def made(**keywords):
+        net = ResidualNet(_spec(architecture="unet", encoder="resnet18", chip_size=64, options={}))
+        return for_inference(_normalised(net), **keywords)
+
+    def count(net, kind):
+        return sum(isinstance(module, kind) for module in net.modules())
+
+    fast = made()
+    assert count(fast, UpsampledConv) == 5
+    # Of 128 channels and more: 3 + 3 + 3 in the encoder, in the decoder 2 + 2.
+    assert count(fast, WinogradConv) == 13
+    rough = made(bf16=True)
+    assert count(rough, UpsampledConv) == count(rough, WinogradConv) == 0
+    attentive = for_inference(
+        ResidualNet(
+            _spec(
+                architecture="unet", encoder="resnet18", chip_size=64,
+                options={"decoder_attention_type": "scse"},
+            )
+        ).eval()
+    )  # fmt: skip
+    assert count(attentive, UpsampledConv) == 0  # it looks at what is concatenated
