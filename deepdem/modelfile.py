@@ -227,8 +227,8 @@ def _check_types(values: Mapping[str, Any]) -> None:
     kinds: dict[str, type | Callable[[Any], bool]] = {
         "layers": names, "target": str, "architecture": str, "encoder": str, "chip_size": int,
         "dsm_scale": number, "pixel_size": number, "temperature": number, "means": numbers,
-        "stds": numbers, "intervals": numbers, "uncertainty": bool, "options": dict,
-        "training": dict,
+        "stds": numbers, "intervals": numbers, "tta_intervals": numbers,
+        "uncertainty": bool, "options": dict, "training": dict,
         "clip": lambda v: v is None or number(v), "centering": str,
         "reach_px": lambda v: v is None or number(v),
     }  # fmt: skip
@@ -305,11 +305,14 @@ def _errors(spec: ModelSpec) -> dict[str, str]:
         lines["bfloat16 changes"] = f"{told['bf16_rms_m']:.4f} m rms"
     if "calibration" in told:
         for name, half in spec.intervals.items():
-            held = told["calibration"].get(f"laplace_{name}_holds", math.nan)
-            lines[f"{name} % interval"] = (
-                f"± {half:.3f} refined_std (a Laplace distribution's holds {held:.1%})"
-            )
-        lines["scales times"] = f"{spec.temperature:.3f}, fitted to the validation chips"
+            lines[f"{name} % interval"] = f"± {half:.3f} refined_std"
+            if name in spec.tta_intervals:
+                lines[f"{name} % interval"] += f", with tta {spec.tta_intervals[name]:.3f}"
+            if between := told["calibration"].get(f"holds_{name}_in_chips"):
+                low, high = between
+                lines[f"{name} % interval"] += f"; in 8 of 10 chips {low:.0%} to {high:.0%}"
+        chips = told["calibration"].get("chips", "the")
+        lines["calibration"] = f"scales times {spec.temperature:.3f}; {chips} validation chips"
     return lines or {"errors": "none noted"}
 
 

@@ -83,6 +83,8 @@ class ModelSpec:
     intervals
         The half-widths of the intervals that hold 68 % and 95 % of the errors, in standard
         deviations; those of a Laplace distribution until they are fitted.
+    tta_intervals
+        The same where windows are seen in their symmetries; empty until they are fitted.
     clip
         Standardised images and indices beyond this many standard deviations say no more; None:
         they are left as they are.
@@ -109,6 +111,7 @@ class ModelSpec:
     training: Mapping[str, Any] = field(default_factory=dict)
     centering: str = "chip"
     reach_px: float | None = None
+    tta_intervals: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if "dsm" not in self.layers:
@@ -142,11 +145,14 @@ class ModelSpec:
                    "temperature": self.temperature, "clip": self.clip,
                    **({} if self.reach_px in (None, math.inf) else {"reach_px": self.reach_px}),
                    **{f"intervals[{n!r}]": self.intervals.get(n) or 0.0 for n in INTERVALS},
+                   **{f"tta_intervals[{n!r}]": v for n, v in self.tta_intervals.items()},
                    **{f"stds[{n!r}]": v for n, v in self.stds.items()}}  # fmt: skip
         for name, value in numbers.items():
             unknown = value is None or (name in ("dsm_scale", "pixel_size") and math.isnan(value))
             if not unknown and not 0 < (value or 0) < math.inf:
                 raise ValueError(f"{name}={value}: wanted a positive, finite number")
+        if self.tta_intervals and set(self.tta_intervals) != set(INTERVALS):
+            raise ValueError(f"tta_intervals={dict(self.tta_intervals)}: wanted {list(INTERVALS)}")
         for name, value in self.means.items():
             if not math.isfinite(value):
                 raise ValueError(f"means[{name!r}]={value}: wanted a finite number")

@@ -23,7 +23,7 @@ _SAMPLE = 1 << 14
 class ErrorStatistics:
     """Statistics of errors that come in batches, whatever their number.
 
-    The sums are exact. Medians and shares are of a sample: every n-th pixel, 16 384 of a batch at
+    The sums are exact. Medians are of a sample: every n-th pixel, 16 384 of a batch at
     most.
     """
 
@@ -33,10 +33,9 @@ class ErrorStatistics:
     square: float = 0.0
     loss: float = 0.0
     errors: list[Tensor] = field(default_factory=list)
-    ratios: list[Tensor] = field(default_factory=list)
 
-    def add(self, error: Tensor, usable: Tensor, scale: Tensor | None, loss: float) -> None:
-        """Take in a batch: errors and predicted Laplace scales in metres, where they count."""
+    def add(self, error: Tensor, usable: Tensor, loss: float) -> None:
+        """Take in a batch: errors in metres, where they count."""
         known = error[usable].float()
         if not len(known):
             return
@@ -47,8 +46,6 @@ class ErrorStatistics:
         self.square += float(known.square().sum())
         self.loss += loss * len(known)
         self.errors.append(known[::every].cpu())
-        if scale is not None:
-            self.ratios.append((known[::every].abs() / scale[usable][::every].float()).cpu())
 
     def merge(self, other: ErrorStatistics) -> None:
         """Take in what another process has seen."""

@@ -35,6 +35,7 @@ __all__ = [
     "predictions",
     "resolve_device",
     "ship",
+    "swapped_layers",
 ]
 
 log = logging.getLogger(__name__)
@@ -197,6 +198,15 @@ class Prediction:
     tta: bool = False
     swap: tuple[int, int] | None = None
     compiled: bool = False
+
+
+def swapped_layers(specs: Sequence[ModelSpec]) -> tuple[int, int] | None:
+    """Return where left and right image are, if all models were trained with them swapped."""
+    layers, pair = specs[0].layers, ("ortho_left", "ortho_right")
+    swapped = all("swap" in spec.training.get("augment", ()) for spec in specs)
+    if not swapped or not set(pair) <= set(layers):
+        return None
+    return layers.index(pair[0]), layers.index(pair[1])
 
 
 class _Pool:

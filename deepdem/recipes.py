@@ -6,12 +6,14 @@ Torch functions and settings; what Lightning does with them is in `deepdem.train
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as Norm
 
 __all__ = [
     "LOSSES",
@@ -19,11 +21,16 @@ __all__ = [
     "SCALE_LOSSES",
     "WARM_STEPS",
     "Calibration",
+    "ChipSample",
+    "Norm",
     "Recipe",
     "averaged",
     "fit_calibration",
     "flat",
+    "half_widths",
+    "moving_norms",
     "recipe_of",
+    "settle",
     "warm_cosine",
 ]
 
@@ -212,6 +219,86 @@ def flat(progress: float, warm: float = 0.05, down: float = 0.3) -> float:
     return max(1 - progress, 0.0) / down
 
 
+# --- normalisations ------------------------------------------------------------------------------
+
+# What a sample of chips holds at most: pixels, but so many chips in any case.
+_SAMPLE_PX, _SAMPLE_CHIPS = 2**21, 16
+
+
+class ChipSample:
+    """A sample of the chips that a training has seen, each as likely as any other.
+
+    32 chips of 256 pixels, 512 of 64. Algorithm R of Vitter (1985): nothing is read again, and
+    how many chips will come need not be known.
+    """
+
+    def __init__(self) -> None:
+        self._chips: list[Tensor] = []
+        self._seen = self._together = 0
+        self._draw = np.random.default_rng(0)
+
+    def add(self, chips: Tensor) -> None:
+        """Take in a batch (n, channel, y, x)."""
+        most = max(_SAMPLE_PX // (chips.shape[-2] * chips.shape[-1]), _SAMPLE_CHIPS)
+        self._together = max(self._together, len(chips))
+        for chip in chips:
+            self._seen += 1
+            at = len(self._chips) if self._seen <= most else int(self._draw.integers(self._seen))
+            if at < most:
+                self._chips[at : at + 1] = [chip.clone()]
+
+    def batches(self) -> Iterator[Tensor]:
+        """Yield the sample in batches as large as those that came, mixed."""
+        order = np.random.default_rng(1).permutation(len(self._chips))
+        for begin in range(0, len(order), self._together or 1):
+            yield torch.stack([self._chips[i] for i in order[begin : begin + self._together]])
+
+
+def moving_norms(network: nn.Module) -> list[Norm]:
+    """Return the batch normalisations whose running statistics training moves; no frozen ones."""
+    return [m for m in network.modules()
+            if isinstance(m, Norm) and m.training and m.track_running_stats]  # fmt: skip
+
+
+@torch.no_grad()
+def settle(
+    norms: Sequence[Norm], forward: Callable[[Tensor], object], batches: Iterable[Tensor]
+) -> None:
+    """Take the running statistics of normalisations anew, as means over batches.
+
+    Running statistics lag behind the weights and remember how they began: a training of a dozen
+    steps was tens of metres off for it. Means over some batches with the weights as they are in the
+    end say what the network's activations are (Wu and Johnson, 2021, section 3.2, "PreciseBN").
+
+    Parameters
+    ----------
+    norms
+        Those to settle; all else stays in the mode it is in.
+    forward
+        The network.
+    batches
+        What it is shown; none: nothing is changed.
+    """
+    before = [(norm.momentum, norm.training) for norm in norms]
+    for number, batch in enumerate(batches, start=1):
+        for norm in norms:
+            norm.momentum = 1 / number  # a mean; the first batch replaces what was there
+            norm.train()
+        forward(batch)
+    for norm, (momentum, training) in zip(norms, before, strict=True):
+        norm.momentum = momentum
+        norm.train(training)
+        for buffer in (norm.running_mean, norm.running_var):
+            _mean_over_processes(buffer)
+
+
+def _mean_over_processes(tensor: Tensor | None) -> None:
+    spread = torch.distributed
+    if tensor is not None and spread.is_available() and spread.is_initialized():
+        spread.all_reduce(tensor)
+        tensor /= spread.get_world_size()
+
+
 # --- calibration ---------------------------------------------------------------------------------
 
 # The shares that intervals are to hold, and a Laplace distribution's half-widths in scales b.
@@ -260,9 +347,15 @@ def fit_calibration(ratio: Tensor) -> Calibration:
     inside = torch.searchsorted(ordered, factors[:, None] * halves) / len(ratio)
     best = int((inside - says).abs().amax(dim=1).argmin())
     factor = float(factors[best])
-    widths = ordered[(says * (len(ordered) - 1)).long()] / (factor * math.sqrt(2))
     return Calibration(
         factor,
-        {name: max(float(width), 1e-6) for name, width in zip(_SHARES, widths, strict=True)},
+        half_widths(ratio / (factor * math.sqrt(2))),
         dict(zip(_SHARES, inside[best].tolist(), strict=True)),
     )
+
+
+def half_widths(ratio: Tensor) -> dict[str, float]:
+    """Return which absolute errors over their standard deviations 68 % and 95 % are within."""
+    ordered = ratio.double().sort().values
+    return {name: max(float(ordered[int(share * (len(ordered) - 1))]), 1e-6)
+            for name, share in _SHARES.items()}  # fmt: skip

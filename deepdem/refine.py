@@ -123,8 +123,10 @@ def refine(
         model offers: its own predicted scale, the members of an ensemble, the symmetries. Errors
         are not normally distributed: its attributes ``half_width_of_68_percent_interval`` and
         ``half_width_of_95_percent_interval`` say how many of it hold that share of the errors, as
-        fitted to the model's validation chips; 0.81 and 2.12, those of a Laplace distribution,
-        where the model was not calibrated.
+        fitted to the model's validation chips, with `tta` as they are seen then; 0.81 and 2.12,
+        those of a Laplace distribution, where the model was not calibrated. ``half_widths_from``
+        says which: nothing was fitted to an ensemble, which has the mean of its members'. In
+        ground unlike the validation region they hold less, or more.
     fill_voids
         Whether the model also predicts where the initial DSM is void but the images are there,
         from heights interpolated within each window. Filled pixels are marked.
@@ -327,7 +329,7 @@ def _batch_size(wanted: int | str) -> int | None:
 
 def _how(specs: Sequence[Any], device: str, precision: str, *, tta: bool, compiled: bool) -> Any:
     """Return how batches are predicted; which precision ``"auto"`` is, is decided here for all."""
-    from deepdem.predict import Prediction, bf16_is_fast
+    from deepdem.predict import Prediction, bf16_is_fast, swapped_layers
 
     if precision not in ("auto", "float32", "bf16"):
         raise ValueError(f"precision={precision!r}: pass 'auto', 'float32' or 'bf16'")
@@ -335,11 +337,7 @@ def _how(specs: Sequence[Any], device: str, precision: str, *, tta: bool, compil
     if precision == "auto" and bf16_is_fast(device):
         known = [spec.training.get("bf16_rms_m", np.inf) for spec in specs]
         bf16 = max(known) <= 0.02
-    swapped = all("swap" in spec.training.get("augment", ()) for spec in specs)
-    layers = specs[0].layers
-    pair = ("ortho_left", "ortho_right")
-    swap = (layers.index(pair[0]), layers.index(pair[1])) if set(pair) <= set(layers) else None
-    return Prediction(device, bf16, tta, swap if swapped else None, compiled)
+    return Prediction(device, bf16, tta, swapped_layers(specs), compiled)
 
 
 def _hashes(arrays: Sequence[da.Array], cut: Chunks) -> da.Array:
@@ -371,12 +369,24 @@ def _provenance(ds: xr.Dataset, specs: Sequence[Any], how: Any, windows: Windows
     }
 
 
+def _half_widths(specs: Sequence[Any], *, tta: bool) -> tuple[dict[str, float], str]:
+    """Return how many standard deviations hold 68 % and 95 % of the errors, and says who."""
+    said = [spec.tta_intervals if tta and spec.tta_intervals else spec.intervals for spec in specs]
+    halves = {n: sum(one[n] for one in said) / len(said) for n in ("68", "95")}
+    if not all("calibration" in spec.training for spec in specs):
+        return halves, "a Laplace distribution, not fitted"
+    if len(specs) > 1:
+        return halves, "the mean of the members', not fitted to the ensemble"
+    if tta and not specs[0].tta_intervals:
+        return halves, "validation chips without tta"
+    return halves, "validation chips"
+
+
 def _result(
     ds: xr.Dataset, data: da.Array, job: Job, attrs: dict[str, Any], hashes: da.Array,
     specs: Sequence[Any],
 ) -> xr.DataArray | xr.Dataset:  # fmt: skip
-    # Of an ensemble, the mean of what its members say.
-    halves = {n: sum(spec.intervals[n] for spec in specs) / len(specs) for n in ("68", "95")}
+    halves, fitted = _half_widths(specs, tta=attrs["deepdem_tta"])
     coords = {n: ds.coords[n] for n in ("y", "x", "spatial_ref") if n in ds.coords}
     target = describe(attrs["deepdem_target"]).long_name
     words: dict[str, dict[str, Any]] = {
@@ -385,6 +395,7 @@ def _result(
             "long_name": "standard deviation of the refined surface",
             "units": "m",
             **{f"half_width_of_{k}_percent_interval": round(v, 4) for k, v in halves.items()},
+            "half_widths_from": fitted,
         },
         "filled": {"long_name": "void of the initial DSM, filled", "units": "1"},
     }

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import islice
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -21,20 +22,33 @@ from deepdem.inference import for_inference
 from deepdem.modelfile import read_model, write_model
 from deepdem.models import OWN, ModelSpec, ResidualNet, build_network
 from deepdem.monitor import ErrorStatistics, picture
+from deepdem.predict import Prediction, predict, swapped_layers
 from deepdem.recipes import (
     LOSSES,
     SCALE_LOSSES,
     WARM_STEPS,
+    ChipSample,
+    Norm,
     averaged,
     fit_calibration,
     flat,
+    half_widths,
+    moving_norms,
     recipe_of,
+    settle,
     warm_cosine,
 )
 
 __all__ = ["DeepDEM", "load_model", "model_of"]
 
 log = logging.getLogger(__name__)
+
+# Before each validation normalisations see so many batches for a step since the last time: a
+# forward pass takes a third of a step.
+_SETTLING_SHARE, _FEWEST_BATCHES = 0.25, 16
+# Intervals are fitted to so many pixels of each validation chip; those of symmetries to so many
+# chips' worth of pixels.
+_CHIP_SAMPLE, _VIEWED_PX = 1 << 12, 1 << 19
 
 
 class DeepDEM(pl.LightningModule):
@@ -153,6 +167,7 @@ class DeepDEM(pl.LightningModule):
         if frozen_encoder:
             self.freeze_encoder()
         self._seen = ErrorStatistics()
+        self._sample, self._norms, self._settled_at = ChipSample(), list[Norm](), 0
         self._example: tuple[Tensor, Tensor, Tensor] | None = None
 
     def _start_from(self, path: str) -> None:
@@ -326,17 +341,18 @@ class DeepDEM(pl.LightningModule):
 
     # --- steps ------------------------------------------------------------------------------------
 
+    def _wanted(self, batch: Batch) -> Tensor:
+        # Difference of heights first: residuals are small numbers, heights are not.
+        return batch["target"] - batch["layers"][:, self.spec.layers.index("dsm")]
+
     def _error(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return error and scale in metres, and between them where DSM and truth are there.
 
         The error is 0 where they are not.
         """
-        x, target = batch["layers"], batch["target"]
-        dsm = x[:, self.spec.layers.index("dsm")]
-        # Difference of heights first: residuals are small numbers, heights are not.
-        wanted = target - dsm
+        wanted = self._wanted(batch)
         usable = torch.isfinite(wanted)
-        residual, scale = self.net.moments(x)
+        residual, scale = self.net.moments(batch["layers"])
         return torch.where(usable, residual - torch.nan_to_num(wanted), 0.0), usable, scale
 
     def _loss(
@@ -346,8 +362,13 @@ class DeepDEM(pl.LightningModule):
         scaled = None if scale is None else scale / unit
         return LOSSES[name or self.recipe.loss](error / unit, usable, scaled)
 
+    def on_train_epoch_start(self) -> None:
+        """See which normalisations training moves."""
+        self._norms = moving_norms(self.net)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the masked loss; a batch without a valid pixel gives zero, never NaN."""
+        self._sample.add(batch["layers"])
         error, usable, scale = self._error(batch)
         loss = self._loss(error, usable, scale)
         metres = error.detach().abs().sum() / usable.sum().clamp(min=1)
@@ -356,15 +377,18 @@ class DeepDEM(pl.LightningModule):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        """Forget the errors of the last epoch."""
+        """Forget the errors of the last epoch; in training, settle normalisations."""
         self._seen, self._example = ErrorStatistics(), None
+        if self.trainer.state.fn == "fit":
+            steps = self.trainer.global_step - self._settled_at
+            self._settle(max(_FEWEST_BATCHES, int(_SETTLING_SHARE * steps)))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Collect the errors in metres, and keep the first chip to be shown."""
         error, usable, scale = self._error(batch)
         # The weights of "beta_laplace" are the network's own: it could lower them by being sure.
         loss = "laplace" if scale is not None else self.recipe.loss
-        self._seen.add(error, usable, scale, float(self._loss(error, usable, scale, loss)))
+        self._seen.add(error, usable, float(self._loss(error, usable, scale, loss)))
         if batch_idx == 0:
             dsm = batch["layers"][0, self.spec.layers.index("dsm")]
             truth = batch["target"][0]
@@ -397,7 +421,7 @@ class DeepDEM(pl.LightningModule):
                 )  # fmt: skip
 
     def on_train_end(self) -> None:
-        """Calibrate predicted scales, and note what `refine` and a reader want to know.
+        """Settle normalisations, calibrate predicted scales, and note what `refine` must know.
 
         By how much bfloat16 changes the heights, for one: `refine` goes by it, for it reads no
         pixel before it decides on a precision.
@@ -406,6 +430,9 @@ class DeepDEM(pl.LightningModule):
         loader = data.val_dataloader() if data is not None else []
         mode = self.training
         self.eval()
+        self._settle()
+        changed = list(getattr(data, "augment", None) or ())
+        self.net.spec = replace(self.spec, training={**self.spec.training, "augment": changed})
         with torch.inference_mode():
             if self.spec.uncertainty:
                 self._calibrate(loader)
@@ -419,30 +446,63 @@ class DeepDEM(pl.LightningModule):
                 rough = for_inference(self.net, bf16=True).moments(x)[0]
                 noted["bf16_rms_m"] = float((rough - exact).square().mean().sqrt())
         self.train(mode)
-        noted |= {"augment": list(getattr(data, "augment", None) or ()),
-                  "recipe": {**asdict(self.recipe), "augment": list(self.recipe.augment)},
+        self._sample, self._norms = ChipSample(), []  # their memory
+        noted |= {"recipe": {**asdict(self.recipe), "augment": list(self.recipe.augment)},
                   "steps": self.trainer.global_step, "epochs": self.trainer.current_epoch,
                   "batch_size": getattr(data, "batch_size", None)}  # fmt: skip
         self.net.spec = replace(self.spec, training={**self.spec.training, **noted})
 
+    def _settle(self, most: int | None = None) -> None:
+        """Settle what training moves of the normalisations, by a sample of what it has seen."""
+        settle(self._norms, self.net.moments, islice(self._sample.batches(), most))
+        self._settled_at = self.trainer.global_step
+
     def _calibrate(self, loader: Any) -> None:
         """Fit the factor of predicted scales, and the intervals, to the validation chips."""
-        seen = ErrorStatistics()
-        for batch in loader:
-            here: Batch = {name: part.to(self.device) for name, part in batch.items()}
-            seen.add(*self._error(here), 0.0)
-        if not seen.ratios:
+        chips = list(self._ratios(loader))
+        if not chips:
             log.warning("no validation chip: the predicted scales are not calibrated")
             return
-        found = fit_calibration(torch.cat(seen.ratios))
-        noted = {"temperature": found.temperature,
-                 **{f"laplace_{k}_holds": v for k, v in found.inside.items()}}  # fmt: skip
+        found = fit_calibration(torch.cat(chips) * math.sqrt(2))
+        noted: dict[str, Any] = {"temperature": found.temperature, "chips": len(chips)}
+        for name, half in found.intervals.items():
+            noted[f"laplace_{name}_holds"] = found.inside[name]
+            # Between one place and another: what an average over all of them hides.
+            held = torch.tensor([(c <= half * found.temperature).float().mean() for c in chips])
+            noted[f"holds_{name}_in_chips"] = held.quantile(torch.tensor([0.1, 0.9])).tolist()
         self.net.spec = replace(
             self.spec,
             temperature=self.spec.temperature * found.temperature,
             intervals=found.intervals,
             training={**self.spec.training, "calibration": noted},
         )
+        # A mean of symmetries has other errors and another spread; so many views are dear.
+        every = -(-len(chips) * self.spec.chip_size**2 // _VIEWED_PX)
+        viewed = list(self._ratios(loader, every, tta=True))
+        self.net.spec = replace(self.spec, tta_intervals=half_widths(torch.cat(viewed)))
+
+    def _ratios(self, loader: Any, every: int = 1, *, tta: bool = False) -> Iterator[Tensor]:
+        """Yield of each chip, or every so-many-th, absolute errors over standard deviations."""
+        how = Prediction(str(self.device), tta=True, swap=swapped_layers([self.spec]))
+        number = 0
+        for batch in loader:
+            first = -number % every
+            number += len(batch["target"])
+            here: Batch = {name: part[first::every].to(self.device) for name, part in batch.items()}
+            if not len(here["target"]):
+                continue
+            error, usable, scale = self._error(here)
+            assert scale is not None
+            std = scale * math.sqrt(2)
+            if tta:
+                residual, variance = predict([self.net], here["layers"], how)
+                assert variance is not None
+                std = variance.sqrt().to(self.device)
+                error = residual.to(self.device) - self._wanted(here)
+            for e, u, s in zip(error, usable, std, strict=True):
+                ratio = (e[u].abs() / s[u]).float().cpu()
+                if len(ratio):
+                    yield ratio[:: -(-len(ratio) // _CHIP_SAMPLE)]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the scale and the statistics with the weights."""

@@ -120,6 +120,7 @@ SPOILT = {
     "dsm_scale": [math.nan, math.inf, 0, -3.0, "five", None, True],
     "temperature": [0.0, math.inf],
     "intervals": [{}, {"68": 1.0}, {"68": 0.8, "95": math.nan}, {"68": "1", "95": 2.0}],
+    "tta_intervals": [[], {"68": 0.0}, {"68": "1"}, {"68": 1.0}],
     "pixel_size": [-1.0, "1"],
     "layers": ["dsm", [], [1, 2], ["dsm"] * 2, ["dsm", *(f"ortho_{n}" for n in range(1, 99))]],
     "target": ["ndvi", 3],

@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from deepdem.recipes import LOSSES, averaged, fit_calibration, flat, recipe_of, warm_cosine
+from deepdem.recipes import (
+    LOSSES,
+    ChipSample,
+    averaged,
+    fit_calibration,
+    flat,
+    moving_norms,
+    recipe_of,
+    settle,
+    warm_cosine,
+)  # fmt: skip
 
 
 def _inputs(error):
@@ -100,6 +110,47 @@ def test_the_average_forgets_its_beginning():
     assert float(step(torch.tensor(0.0), torch.tensor(1.0), torch.tensor(10**6))) == pytest.approx(
         0.01
     )
+
+
+def test_settled_statistics_are_means_over_what_is_shown():
+    draw = torch.Generator().manual_seed(0)
+    shown = [3 + 2 * torch.randn(4, 2, 8, 8, generator=draw) for _ in range(5)]
+    network = torch.nn.Sequential(
+        torch.nn.BatchNorm2d(2, affine=False), torch.nn.Dropout(0.5), torch.nn.BatchNorm2d(2)
+    )
+    network[2].eval()  # frozen
+    first, last = network[0], network[2]
+    norms = moving_norms(network)
+    assert norms == [first]
+    network.eval()
+    settle(norms, network, shown)
+    torch.testing.assert_close(first.running_mean, torch.stack(shown).mean((0, 1, 3, 4)))
+    variances = [b.transpose(0, 1).flatten(1).var(dim=1) for b in shown]
+    torch.testing.assert_close(first.running_var, torch.stack(variances).mean(0))
+    assert (last.running_mean == 0).all()
+    assert (last.running_var == 1).all()
+    assert not first.training
+    assert first.momentum == 0.1
+    before = first.running_mean.clone()
+    settle(norms, network, [])
+    torch.testing.assert_close(first.running_mean, before)
+
+
+def test_a_sample_of_chips_is_of_all_that_came():
+    sample, many = ChipSample(), 2048
+    for begin in range(0, many, 8):
+        numbers = torch.arange(begin, begin + 8.0)
+        sample.add(numbers[:, None, None, None].expand(8, 1, 256, 256))
+    batches = list(sample.batches())
+    assert [tuple(b.shape) for b in batches] == [(8, 1, 256, 256)] * 4
+    seen = torch.cat(batches)[:, 0, 0, 0]
+    assert len(seen.unique()) == 32
+    # Of 32 drawn evenly the mean is off by 2048 / sqrt(12 * 32) = 104 or so.
+    assert float(seen.mean()) == pytest.approx(many / 2, abs=300)
+    few = ChipSample()
+    assert list(few.batches()) == []
+    few.add(torch.zeros(3, 2, 1024, 1024))
+    assert [len(b) for b in few.batches()] == [3]
 
 
 @pytest.mark.parametrize("factor", [0.3, 1.0, 2.5])

@@ -150,13 +150,15 @@ def test_a_predicted_scale_knows_where_the_errors_are(scene):
     model = _model(uncertainty=True)
     _trainer(max_epochs=10).fit(model, _data(scene, split="left 50 %"))
     unseen = scene.isel(x=slice(170, None))
-    both = unseen.deepdem.refine(model.eval(), uncertainty=True).compute()
-    error = abs(both.refined - unseen.lidar_dsm).values.ravel()
-    std = both.refined_std.values.ravel()
-    for name, share, off in (("68", 0.68, 0.1), ("95", 0.95, 0.04)):
-        half = both.refined_std.attrs[f"half_width_of_{name}_percent_interval"]
-        inside = error[np.isfinite(error)] < half * std[np.isfinite(error)]
-        assert inside.mean() == pytest.approx(share, abs=off)
+    for tta in (True, False):
+        both = unseen.deepdem.refine(model.eval(), uncertainty=True, tta=tta).compute()
+        error = abs(both.refined - unseen.lidar_dsm).values.ravel()
+        std = both.refined_std.values.ravel()
+        assert both.refined_std.attrs["half_widths_from"] == "validation chips"
+        for name, share, off in (("68", 0.68, 0.1), ("95", 0.95, 0.04)):
+            half = both.refined_std.attrs[f"half_width_of_{name}_percent_interval"]
+            inside = error[np.isfinite(error)] < half * std[np.isfinite(error)]
+            assert inside.mean() == pytest.approx(share, abs=off)
     known = np.isfinite(error)
     assert (std[known] > 0).all()
     sure = std[known] < np.median(std[known])
@@ -232,6 +234,33 @@ def test_averaged_weights_are_validated_saved_and_resumed(scene, tmp_path):
     assert resumed.current_epoch == 3
 
 
+@pytest.mark.parametrize(("encoder", "ema"), [("resnet34", 0.0), ("resnet18", 0.9)])
+def test_a_training_of_a_dozen_steps_does_no_harm(scene, encoder, ema):
+    """Statistics of normalisations that lag behind took a ResNet-34 tens of metres off."""
+    torch.manual_seed(0)
+    model = deepdem.DeepDEM(LAYERS, encoder=encoder, chip_size=64, ema=ema)
+    lagging = {}
+
+    class Keep(pl.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            lagging.update({n: b.clone() for n, b in module.named_buffers()})
+
+    trainer = _trainer(max_steps=13, max_epochs=-1, callbacks=[Keep()])
+    trainer.fit(model, _data(scene, chip_size=64, split="left 50 %", chips_per_epoch=104))
+    unseen = scene.isel(x=slice(194, None))
+    table = unseen.deepdem.evaluate(unseen.deepdem.refine(model.eval()))
+    assert table.loc["refined", "MAE"] < 1.1 * table.loc["dsm", "MAE"]
+    # Validation, which goes before the end of training, has seen the same network.
+    noted = model.spec.training["validation"]["val_MAE"]
+    assert noted == pytest.approx(table.loc["refined", "MAE"], rel=0.2)
+    if not ema:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(lagging[name])
+        spoilt = unseen.deepdem.evaluate(unseen.deepdem.refine(model))
+        assert spoilt.loc["refined", "MAE"] > 2 * table.loc["refined", "MAE"]
+
+
 def test_fine_tuning_keeps_scale_and_statistics(scene, tmp_path):
     model = _model()
     _trainer(max_epochs=1).fit(model, _data(scene, split="left 50 %"))
@@ -285,6 +314,21 @@ def test_a_calibrated_scale_says_what_it_holds(scene, tmp_path):
     again = deepdem.load_model(tmp_path / "m.safetensors")
     assert again.spec.temperature == model.spec.temperature
     assert again.spec.intervals == model.spec.intervals
+    # Eight views spread, and are wrong otherwise than one: they have intervals of their own.
+    assert again.spec.tta_intervals == model.spec.tta_intervals
+    assert 0.3 < model.spec.tta_intervals["68"] < 1.5 < model.spec.tta_intervals["95"] < 4
+    assert model.spec.tta_intervals != model.spec.intervals
+    low, high = noted["holds_68_in_chips"]
+    assert 0.3 < low < 0.68 < high < 1
+    part = scene.isel(x=slice(130, 200))
+    said = {
+        key: part.deepdem.refine(nets, uncertainty=True, tta=tta).refined_std.attrs
+        for key, nets, tta in (("two", [model, again], False), ("views", model, True))
+    }
+    assert said["two"]["half_widths_from"].endswith("not fitted to the ensemble")
+    name = "half_width_of_95_percent_interval"
+    assert said["two"][name] == pytest.approx(model.spec.intervals["95"], abs=1e-4)
+    assert said["views"][name] == pytest.approx(model.spec.tta_intervals["95"], abs=1e-4)
     for wrong in ({"uncertainty": True, "loss": "l1"}, {"loss": "laplace"}):
         with pytest.raises(ValueError, match="predicted scale"):
             _model(**wrong)
