@@ -29,7 +29,7 @@ from zarr.buffer.cpu import NDBuffer
 from deepdem.blocks import Box, Kernel, stored_source
 from deepdem.splits import Part
 
-__all__ = ["Opened", "Plane", "Region", "SceneReader"]
+__all__ = ["Opened", "Plane", "Region", "SceneReader", "Seen"]
 
 #: What is read at once when a region is taken into memory: a shard.
 _BLOCK_PX = 2048
@@ -174,6 +174,85 @@ def _steps(lo: int, hi: int) -> list[int]:
     return [lo, *range(_next(lo), hi, _BLOCK_PX)]
 
 
+class Seen:
+    """How many usable pixels the cells of a box have, as far as the box has been read.
+
+    The coarse level of a mask that nobody has computed: it is filled in as tiles are read, in
+    whichever process, and says then where chips cannot be worth having without a look at a pixel.
+    It takes 4 bytes a cell and costs a sum over each pixel once; nothing before. For chips of 256
+    pixels cells are 32 wide: 39 MB for a box of 100 000 by 100 000 pixels once all of it was read.
+
+    Parameters
+    ----------
+    box
+        Pixels of the scene.
+    size
+        The chips' width. Cells are about an eighth of it, such that half a chip is whole cells.
+    shared
+        Whether processes that are sent it fill it in together.
+    """
+
+    def __init__(self, box: Box, size: int, *, shared: bool):
+        self.box, half = box, max(1, size // 2)
+        least = min(max(16, size // 8), half)
+        self.cell_px = next(n for n in range(least, half + 1) if half % n == 0)
+        rows, columns = (-(-length // self.cell_px) for length in box.shape)
+        if shared:  # what has not been written to takes no memory
+            bytes_ = 4 * rows * columns
+            storage = torch.UntypedStorage._new_shared(bytes_)  # type: ignore[no-untyped-call]
+            empty = torch.empty(0, dtype=torch.int32)
+            cells = empty.set_(storage, 0, (rows, columns))  # type: ignore[call-overload]
+        else:
+            cells = torch.from_numpy(np.zeros((rows, columns), dtype=np.int32))
+        #: Of each cell its usable pixels and one more; 0 where it has not been read.
+        self._cells: torch.Tensor = cells
+
+    def whole_cells(self, box: Box) -> Box:
+        """Return the box and what of the cells at its sides it lacks."""
+        (top, bottom), (left, right) = self._touched(box)
+        whole = Box(
+            self.box.y0 + top * self.cell_px, self.box.y0 + bottom * self.cell_px,
+            self.box.x0 + left * self.cell_px, self.box.x0 + right * self.cell_px,
+        )  # fmt: skip
+        return whole.intersect(self.box)
+
+    def _touched(self, box: Box) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return where the cells that a box touches begin and end, by row and by column."""
+        cell, origin = self.cell_px, self.box
+        return (
+            ((box.y0 - origin.y0) // cell, -(-(box.y1 - origin.y0) // cell)),
+            ((box.x0 - origin.x0) // cell, -(-(box.x1 - origin.x0) // cell)),
+        )
+
+    def note(self, usable: NDArray[np.bool_], box: Box) -> None:
+        """Fill in the cells of a box, which are whole (see `whole_cells`)."""
+        assert box == self.whole_cells(box)
+        (top, bottom), (left, right) = self._touched(box)
+        cells = self._cells.numpy()[top:bottom, left:right]
+        if cells.all():
+            return
+        ys, xs = (np.arange(0, length, self.cell_px) for length in box.shape)
+        rows = [usable[y : y + self.cell_px].sum(axis=0, dtype=np.int32) for y in ys]
+        cells[:] = np.add.reduceat(np.array(rows), xs, axis=1) + 1
+
+    def most(self, ys: NDArray[np.int64], xs: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+        """Return how many usable pixels chips that begin there have at most."""
+        chips = Box(int(ys.min()), int(ys.max()) + size, int(xs.min()), int(xs.max()) + size)
+        (top, bottom), (left, right) = self._touched(chips)
+        cells = self._cells.numpy()[top:bottom, left:right]
+        counts = np.where(cells > 0, cells - 1, self.cell_px**2)
+        sums = np.pad(counts.cumsum(0, dtype=np.int64).cumsum(1), ((1, 0), (1, 0)))
+        y0, x0 = ys - self.box.y0, xs - self.box.x0
+        rows = y0 // self.cell_px - top, -(-(y0 + size) // self.cell_px) - top
+        columns = x0 // self.cell_px - left, -(-(x0 + size) // self.cell_px) - left
+        inside = (
+            sums[rows[1], columns[1]] - sums[rows[0], columns[1]]
+            - sums[rows[1], columns[0]] + sums[rows[0], columns[0]]
+        )  # fmt: skip
+        most: NDArray[np.int64] = np.minimum(inside, size**2)
+        return most
+
+
 class Opened:
     """What was read of a region: gives chips of it. The truth is read first, the rest at need."""
 
@@ -186,6 +265,8 @@ class Opened:
         if region.usable is None:
             self._arrays[region.target] = region.within_part(self.truth, box)
             self.usable = np.isfinite(self.dsm) & np.isfinite(self.truth)
+            if region.seen is not None and box == region.seen.whole_cells(box):
+                region.seen.note(self.usable, box)
         else:
             self.usable = region.usable.numpy()[box.within(region.box)]
         self._rest = [n for n in region.names if n not in self._arrays]
@@ -235,6 +316,8 @@ class Region:
         self.held: dict[str, torch.Tensor] | None = None
         #: Where both the DSM and the truth are there, if the region is held.
         self.usable: torch.Tensor | None = None
+        #: Else what is known of that, once `watch` has been called.
+        self.seen: Seen | None = None
 
     @property
     def box(self) -> Box:
@@ -297,6 +380,25 @@ class Region:
         with ThreadPoolExecutor(CPU_COUNT) as threads:
             list(threads.map(one, product(planes, blocks)))
 
+    def watch(self, size: int, *, shared: bool) -> None:
+        """Remember from now on where chips of a size cannot be; reads nothing."""
+        self.seen = Seen(self.box, size, shared=shared)
+
+    def may_have(
+        self, ys: NDArray[np.int64], xs: NDArray[np.int64], size: int, least: float
+    ) -> bool:
+        """Return False if none of the chips that begin there has `least` usable pixels.
+
+        Nothing is read for it: True is what is said of what has not been read yet.
+        """
+        if self.seen is None:
+            return True
+        if (self.seen.most(ys, xs, size) < least).all():
+            return False
+        tile = Box(int(ys.min()), int(ys.max()) + size, int(xs.min()), int(xs.max()) + size)
+        inside = self.part.inside(tile)
+        return inside is None or bool(inside.any())
+
     def within_part(self, truth: NDArray[np.float32], box: Box) -> NDArray[np.float32]:
         """Return the truth over a box, NaN outside the region's part of the scene."""
         inside = self.part.inside(box)
@@ -333,3 +435,7 @@ class Region:
     def open(self, box: Box) -> Opened:
         """Return what lies in a box of the scene, to take chips of it."""
         return Opened(self, box)
+
+    def survey(self, box: Box) -> Opened:
+        """Return what lies in a box, and a little round it, so that `seen` knows all of it."""
+        return Opened(self, box if self.seen is None else self.seen.whole_cells(box))

@@ -4,7 +4,8 @@ Chips stand half a chip apart and are moved at random within their step, anew in
 read each pixel once rather than once a chip, places are grouped into tiles: a tile is read whole,
 and its chips are taken from memory. A batch is drawn from several tiles that are open at once.
 Whether a chip is worth having is counted in the tile, where the truth has been read anyway: a scene
-of any size costs nothing to set up.
+of any size costs nothing to set up. What was counted is remembered cell by cell (`regions.Seen`):
+a tile without a chip is read once, not in each epoch.
 
 An epoch's batches are dealt to a few streams, batch i to stream i modulo their number, each with
 tiles of its own. A stream depends on the seed, the epoch and its number, never on who asks:
@@ -204,10 +205,23 @@ class Plan:
         """Return where chips can lie in a region."""
         return Places(region.box, self.size, max(1, self.size // 2), self.tile_px)
 
+    @property
+    def least(self) -> float:
+        """How many pixels that count a chip must have: one at least."""
+        return max(1, self.min_valid * self.size**2)
+
     def enough(self, usable: NDArray[np.bool_]) -> bool:
-        """Return whether a chip has enough pixels that count, and one at least."""
-        valid = np.count_nonzero(usable)
-        return bool(valid >= max(1, self.min_valid * usable.size))
+        """Return whether a chip has enough pixels that count."""
+        return bool(np.count_nonzero(usable) >= self.least)
+
+
+_Starts: TypeAlias = "tuple[NDArray[np.int64], NDArray[np.int64]]"
+
+
+def _moved(tile: Tile, which: NDArray[np.int64], draw: np.random.Generator) -> _Starts:
+    """Return where chips of a tile begin, moved at random: rows and columns."""
+    ys = draw.integers(tile.y[which], tile.y_end[which])
+    return ys, draw.integers(tile.x[which], tile.x_end[which])
 
 
 class Stream:
@@ -253,15 +267,20 @@ class Stream:
             which = int(np.searchsorted(self._first, tile, side="right")) - 1
             place = self.places[which].tile(tile - int(self._first[which]), jitter=True)
             draw = np.random.default_rng((self.plan.seed, self.epoch, turn, tile, 2))
-            opened = self.regions[which].open(place.box)
-            if chips := self._chips(opened, place, draw):
+            region, moved = self.regions[which], _moved(place, np.arange(len(place.y)), draw)
+            if not region.may_have(*moved, self.plan.size, self.plan.least):
+                continue
+            opened = region.survey(place.box)
+            if chips := self._chips(opened, place, moved, draw):
                 self._open[group].append((opened, chips))
                 return
 
-    def _chips(self, opened: Opened, tile: Tile, draw: np.random.Generator) -> list[Box]:
-        """Return the chips of a tile that are worth having, moved at random, shuffled."""
+    def _chips(
+        self, opened: Opened, tile: Tile, moved: _Starts, draw: np.random.Generator
+    ) -> list[Box]:
+        """Return the chips of a tile that are worth having, shuffled."""
         plan = self.plan
-        chips = self._moved(opened, tile, np.arange(len(tile.y)), draw)
+        chips = self._good(opened, np.arange(len(tile.y)), moved)
         if plan.weight is None:
             self._worth += len(chips), len(chips)
             found = [chip for _, chip in chips]
@@ -274,18 +293,17 @@ class Stream:
             copies = np.minimum(copies, _MOST_COPIES)
             found = [chip for (_, chip), n in zip(chips, copies, strict=True) if n]
             again = np.repeat([k for k, _ in chips], np.maximum(copies - 1, 0)).astype(int)
-            found += [chip for _, chip in self._moved(opened, tile, again, draw)]
+            found += [c for _, c in self._good(opened, again, _moved(tile, again, draw))]
         return [found[i] for i in draw.permutation(len(found))]
 
-    def _moved(
-        self, opened: Opened, tile: Tile, which: NDArray[np.int64], draw: np.random.Generator
+    def _good(
+        self, opened: Opened, which: NDArray[np.int64], moved: _Starts
     ) -> list[tuple[int, Box]]:
+        """Return those chips of a tile that have enough pixels that count."""
         size = self.plan.size
-        ys = draw.integers(tile.y[which], tile.y_end[which])
-        xs = draw.integers(tile.x[which], tile.x_end[which])
         chips = [
             (int(k), Box(int(y), int(y) + size, int(x), int(x) + size))
-            for k, y, x in zip(which, ys, xs, strict=True)
+            for k, y, x in zip(which, *moved, strict=True)
         ]
         whole = bool(opened.usable.all())
         return [
@@ -349,12 +367,14 @@ def fixed_chips(regions: Sequence[Region], plan: Plan, most: int | None) -> list
         if missing <= 0:
             break
         tile = places[i].tile(k, jitter=False)
-        usable = regions[i].open(tile.box).usable
+        if not regions[i].may_have(tile.y, tile.x, size, plan.least):
+            continue
+        opened = regions[i].survey(tile.box)
         boxes = [
             Box(int(y), int(y) + size, int(x), int(x) + size)
             for y, x in zip(tile.y, tile.x, strict=True)
         ]
-        good = [b for b in boxes if plan.enough(usable[b.within(tile.box)])][:missing]
+        good = [b for b in boxes if plan.enough(opened.usable[b.within(opened.box)])][:missing]
         found[i, k] = [FixedChip(i, box, tile.box) for box in good]
         missing -= len(good)
     return [chip for key in sorted(found) for chip in found[key]]

@@ -55,7 +55,7 @@ class Part:
         part = shapely.intersection(self.shape, there)
         if shapely.equals(part, there):
             return None
-        areas = [g for g in shapely.get_parts(part) if g.geom_type == "Polygon"]
+        areas = _areas(part)
         if not areas:
             return np.zeros(box.shape, dtype=bool)
         burnt: NDArray[np.bool_] = rasterio.features.geometry_mask(

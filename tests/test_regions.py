@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import shapely
 import xarray as xr
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import deepdem
 from deepdem.blocks import Box, stored_source
 from deepdem.level import LevelRegion, local_level
-from deepdem.regions import Plane, Region, SceneReader
+from deepdem.regions import Plane, Region, SceneReader, Seen
 from deepdem.sources.synthetic import synthetic_scene
 from deepdem.splits import Part
 
@@ -137,3 +139,42 @@ def test_the_truth_is_read_first_and_stops_at_the_part(scene, held):
     assert asked == ([] if held else [("dsm", "lidar_dsm"), ("valid",)])
     np.testing.assert_array_equal(np.isfinite(out["lidar_dsm"])[64:], False)
     assert np.isfinite(scene.lidar_dsm[64:128]).any()  # the scene itself is as it was
+
+
+@settings(max_examples=25)
+@given(
+    st.tuples(st.integers(40, 150), st.integers(40, 150)), st.integers(1, 40), st.booleans(),
+    st.integers(0, 2**32 - 1),
+)  # fmt: skip
+def test_no_chip_has_more_than_what_was_seen_allows(shape, size, shared, seed):
+    draw = np.random.default_rng(seed)
+    box = Box(5, 5 + shape[0], 9, 9 + shape[1])
+    usable = np.kron(draw.random((10, 10)) < 0.3, np.ones((15, 15), bool))[: shape[0], : shape[1]]
+    ys = draw.integers(box.y0, box.y1 - size + 1, 30)
+    xs = draw.integers(box.x0, box.x1 - size + 1, 30)
+    there = [np.s_[y - 5 : y - 5 + size, x - 9 : x - 9 + size] for y, x in zip(ys, xs, strict=True)]
+    wanted = np.array([np.count_nonzero(usable[t]) for t in there])
+    seen = Seen(box, size, shared=shared)
+    np.testing.assert_array_equal(seen.most(ys, xs, size), size**2)
+    for y, x in draw.integers(0, 100, (4, 2)):
+        part = Box(5 + y, 45 + y, 9 + x, 49 + x).intersect(box)
+        if not part.empty:
+            whole = seen.whole_cells(part)
+            assert whole.intersect(part) == part
+            seen.note(usable[whole.within(box)], whole)
+            assert (seen.most(ys, xs, size) >= wanted).all()
+    seen.note(usable, box)
+    cell = seen.cell_px
+    assert max(1, size // 2) % cell == 0
+    wide = np.pad(np.pad(usable, cell), size)
+    for y, x, most, least in zip(ys - 5, xs - 9, seen.most(ys, xs, size), wanted, strict=True):
+        near = wide[y + size : y + 2 * size + 2 * cell, x + size : x + 2 * size + 2 * cell]
+        assert least <= most <= min(np.count_nonzero(near), size**2)
+
+
+def test_processes_fill_in_together_what_was_seen():
+    box = Box(0, 64, 0, 64)
+    seen = Seen(box, 32, shared=True)
+    there = ForkingPickler.loads(bytes(ForkingPickler.dumps(seen)))
+    there.note(np.zeros(box.shape, bool), box)
+    assert seen.most(np.array([3]), np.array([5]), 32) == 0

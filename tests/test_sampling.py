@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import shapely
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -83,6 +84,42 @@ def test_held_or_read_the_same_chips_are_worth_having(scene):
         assert min(shares) < 0.8
     with pytest.raises(ValueError, match=r"no place of 32 px .* 60% of its pixels"):
         _chips([_region(holes, Box(0, 300, 120, 260))], replace(PLAN, min_valid=0.6), 1)
+
+
+def test_what_has_no_chip_is_read_once(scene):
+    asked = []
+
+    class Spy(SceneReader):
+        def read(self, names, box):
+            asked.append(box)
+            return super().read(names, box)
+
+    holes = scene.copy(deep=True)
+    holes.lidar_dsm[:, 80:] = np.nan  # where chips still begin, but are not half valid
+    holes.lidar_dsm[200:] = np.nan
+    # Of this part no pixel counts: it has no need to be read at all.
+    part = Part(Box(0, 300, 0, 260), shapely.box(0, 150, 260, 300))
+    for plan in (PLAN, replace(PLAN, min_valid=0.0), replace(PLAN, weight=WEIGHTS["error"])):
+        region, fresh = (Region(Spy(holes, NAMES), part, ["dsm"], "lidar_dsm") for _ in range(2))
+        region.watch(plan.size, shared=False)
+        n, reads = plan.places(region).count, []
+        for epoch in range(3):
+            wanted = _chips([fresh], plan, n, epoch=epoch)
+            asked.clear()
+            # Whatever has been seen, the same chips come.
+            assert _chips([region], plan, n, epoch=epoch) == wanted
+            reads.append(set(asked))
+        assert all(box.y1 > 150 for box in reads[0])
+        hopeless = {b for b in reads[0] if not _usable(holes, b)}
+        assert len(hopeless) >= 5
+        for later in reads[1:]:
+            assert later < reads[0]
+            assert not later & hopeless
+        assert fixed_chips([region], plan, None) == fixed_chips([fresh], plan, None)
+
+
+def _usable(ds, box):
+    return np.isfinite(ds.lidar_dsm.values[box.y0 : box.y1, box.x0 : box.x1]).any()
 
 
 def test_streams_share_the_tiles_out(scene):

@@ -12,7 +12,7 @@ from odc.geo.geom import Geometry
 
 import deepdem
 from deepdem.blocks import Box
-from deepdem.splits import Polygons, Stripes, split_of, split_scene
+from deepdem.splits import Part, Polygons, Stripes, split_of, split_scene
 
 GRID = GeoBox.from_bbox((500_000, 5_000_000, 500_300, 5_000_200), "EPSG:32631", resolution=1)
 
@@ -145,3 +145,10 @@ def test_a_polygon_smaller_than_a_chip_has_one(scene):
 def test_errors(wrong, message):
     with pytest.raises(ValueError, match=message):
         wrong()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_box_off_the_polygon_has_nothing_inside():
+    part = Part(Box(0, 90, 0, 90), shapely.box(0, 50, 90, 90))
+    assert not part.inside(Box(0, 40, 0, 40)).any()
+    assert part.inside(Box(60, 80, 0, 40)) is None
