@@ -7,7 +7,7 @@ that it does not suit keeps its own way.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from inspect import signature
 from typing import cast
 
@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import fuse_conv_bn_eval
 
-from deepdem.models import ResidualNet
+from deepdem.models import ModelSpec, ResidualNet
 
 __all__ = ["UpsampledConv", "WinogradConv", "for_inference"]
 
 # Fewer channels, and the transforms cost more than the multiplications that they save.
 _WINOGRAD_CHANNELS = 128
+# A network that takes any multiple of 32 pixels is tried on these: a map of 4 at its deepest.
+_PROBE_PX = 128
 # Tiles in one matrix product: enough that the weights are worth loading, and no more, so that what
 # is between two steps stays in a core's cache.
 _TILES = 64
@@ -47,12 +49,10 @@ def for_inference(net: ResidualNet, *, bf16: bool = False) -> ResidualNet:
         each batch anew. Elsewhere it is autocast, which keeps normalisations in float32.
     """
     device = next(net.parameters()).device
-    size = net.spec.chip_size
-    probe = torch.randn((1, len(net.spec.layers), size, size), generator=torch.Generator())
-    network = _rewritten(net.network, _fold, probe.to(device))
+    rewrites = [_fold]
     if device.type == "cpu" and not bf16:
-        for rewrite in (_merge_upsampling, _winograd):
-            network = _rewritten(network, rewrite, probe)
+        rewrites += [_merge_upsampling, _winograd]
+    network = _rewritten(net.network, rewrites, _probe(net.spec).to(device))
     fast = ResidualNet(net.spec, network.to(memory_format=torch.channels_last))
     linear = (nn.modules.conv._ConvNd, nn.Linear)
     if bf16 and all(isinstance(m, linear) for m in network.modules() if _holds_weights(m)):
@@ -62,15 +62,25 @@ def for_inference(net: ResidualNet, *, bf16: bool = False) -> ResidualNet:
     return fast.eval().requires_grad_(False)
 
 
+def _probe(spec: ModelSpec) -> Tensor:
+    """Return a batch of one that the network takes, no larger than it must be."""
+    size = min(spec.chip_size, _PROBE_PX) if spec.window_step else spec.chip_size
+    draw = torch.Generator().manual_seed(0)
+    return torch.randn((1, len(spec.layers), size, size), generator=draw)
+
+
 @torch.no_grad()
 def _rewritten(
-    network: nn.Module, rewrite: Callable[[nn.Module, Tensor], None], probe: Tensor
+    network: nn.Module, rewrites: Sequence[Callable[[nn.Module, Tensor], None]], probe: Tensor
 ) -> nn.Module:
-    """Return a rewritten copy; an untouched one where that changes what it gives for `probe`."""
-    wanted, copied = network(probe), copy.deepcopy(network)
-    rewrite(copied, probe)
-    off = (copied(probe) - wanted).abs().max() / wanted.std()
-    return copied if off < 1e-3 else copy.deepcopy(network)
+    """Return a rewritten copy, without what changes what the network gives for `probe`."""
+    wanted, kept = network(probe), copy.deepcopy(network)
+    for rewrite in rewrites:
+        tried = copy.deepcopy(kept)
+        rewrite(tried, probe)
+        if (tried(probe) - wanted).abs().max() < 1e-3 * wanted.std():
+            kept = tried
+    return kept
 
 
 def _fold(network: nn.Module, probe: Tensor) -> None:
@@ -179,7 +189,13 @@ def _merge_upsampling(network: nn.Module, probe: Tensor) -> None:
     from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoderBlock
 
     wanted = list(signature(_UpBlock.forward).parameters)[1:]
-    for name, block in list(network.named_modules()):
+    seen: dict[str, int] = {}
+
+    def saw(name: str) -> Callable[..., None]:
+        return lambda _, args, kwargs: seen.update({name: (*args, *kwargs.values())[0].shape[1]})
+
+    hooks = []
+    for name, block in network.named_modules():
         if not isinstance(block, UnetDecoderBlock):
             continue
         conv, attention = block.conv1[0], block.attention1.attention
@@ -189,14 +205,12 @@ def _merge_upsampling(network: nn.Module, probe: Tensor) -> None:
             and isinstance(attention, nn.Identity)
             and is_plain(conv)
         ):
-            seen: list[int] = []
-            hook = block.register_forward_pre_hook(
-                lambda _, args, kwargs, s=seen: s.append((*args, *kwargs.values())[0].shape[1]),
-                with_kwargs=True,
-            )
-            network(probe)
-            hook.remove()
-            network.set_submodule(name, _UpBlock(block, seen[0]))
+            hooks.append(block.register_forward_pre_hook(saw(name), with_kwargs=True))
+    network(probe)
+    for hook in hooks:
+        hook.remove()
+    for name, channels in seen.items():
+        network.set_submodule(name, _UpBlock(network.get_submodule(name), channels))
 
 
 def is_plain(conv: nn.Module) -> bool:

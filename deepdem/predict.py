@@ -89,7 +89,10 @@ class ModelRef:
                     _nets.pop(next(iter(_nets)))
                 content, module = _payloads[self.hash]
                 net = read_model(content, network=copy.deepcopy(module)).to(device)
-                net = for_inference(net, bf16=bf16)
+                # In a thread of the pool: with all cores at once, its small passes wait for each
+                # other many times as long if something else runs on one of them.
+                executor, _ = _pool.get()
+                net = executor.submit(for_inference, net, bf16=bf16).result()
                 if compiled:
                     net.network.compile()
                 _nets[key] = net
