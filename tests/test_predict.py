@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -156,3 +157,23 @@ def test_without_a_card_it_is_the_next_best(monkeypatch):
     for there, wanted in ((True, "mps"), (False, "cpu")):
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda there=there: there)
         assert resolve_device("auto") == wanted
+
+
+def test_networks_run_on_one_torch_thread_each_and_leave_others_theirs():
+    before = torch.get_num_threads()
+
+    def own():
+        torch.ones(1 << 20).add_(1)  # the first that asks for threads
+        return torch.get_num_threads()
+
+    torch.set_num_threads(3)
+    try:
+        executor, size = prediction._Pool().get()
+        assert size == 3
+        with executor:
+            assert {executor.submit(own).result() for _ in range(6)} == {1}
+        with ThreadPoolExecutor(1) as others:
+            assert others.submit(own).result() == 3
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

