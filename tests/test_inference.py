@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -140,3 +142,12 @@ def test_what_is_rewritten_and_where():
         ).eval()
     )  # fmt: skip
     assert count(attentive, UpsampledConv) == 0  # it looks at what is concatenated
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a C++ compiler")
+def test_what_is_compiled_gives_the_same():
+    net = _normalised(ResidualNet(_spec(options={"start_kernel": 2, "depth": 1})))
+    with torch.inference_mode():
+        fast = for_inference(net, compiled=True)
+        torch.testing.assert_close(fast(_batch()), net(_batch()), atol=1e-4, rtol=0)
+    assert fast.network._compiled_call_impl is not None
