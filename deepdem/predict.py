@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from deepdem._memory import keep_memory
 from deepdem.inference import for_inference
 from deepdem.modelfile import read_model, serialise, weights_hash
 from deepdem.models import OWN, ModelSpec, ResidualNet
@@ -231,8 +232,6 @@ class _Pool:
             if self.executor is None:
                 self.size = max(torch.get_num_threads(), _worker_threads())
                 if _this_worker() is not None:
-                    from deepdem._worker import keep_memory
-
                     keep_memory()
                 self.executor = ThreadPoolExecutor(
                     self.size, "deepdem", initializer=_one_torch_thread,

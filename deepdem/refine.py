@@ -19,6 +19,7 @@ import xarray as xr
 from dask.base import tokenize
 from numpy.typing import NDArray
 
+from deepdem._memory import give_back
 from deepdem.blocks import Box, Chunks, chunks_of, map_regions
 from deepdem.layers import describe
 from deepdem.mosaic import Job, Windows, auto_batch, refine_block
@@ -48,9 +49,11 @@ def _refine_chunk(
     nets = [model.net(here.device, bf16=here.bf16, compiled=here.compiled) for model in models]
     if job.batch_size is None:
         job = replace(job, batch_size=auto_batch(here.device, job.windows.width))
-    return refine_block(
+    block = refine_block(
         arrays, lambda batches: predictions(nets, batches, here), job, out=out, region=region
     )
+    give_back()
+    return block
 
 
 def _input_hash(arrays: list[NDArray[Any]], *, out: Box, region: Box) -> NDArray[np.uint64]:

@@ -67,6 +67,7 @@ ROOMS = (
     "models",
     "inference",
     "modelfile",
+    "_memory",
     "_worker",
     "predict",
     "recipes",
