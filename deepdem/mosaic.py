@@ -140,17 +140,25 @@ class Job:
         With `fill_voids` also where the DSM is void, if all is there that does not itself come
         of matching: the triangulation error is void where the DSM is, and so is ``valid``.
         """
-        there = [np.isfinite(a) if a.dtype.kind == "f" else a.astype(bool) for a in arrays]
-        usable = np.logical_and.reduce(there)
+
+        def there(array: NDArray[Any]) -> NDArray[np.bool_]:
+            return np.isfinite(array) if array.dtype.kind == "f" else array.astype(bool)
+
+        def everywhere(arrays: Sequence[NDArray[Any]]) -> NDArray[np.bool_]:
+            # One by one: NumPy would make one array of all of them.
+            result = there(arrays[0])
+            for array in arrays[1:]:
+                result &= there(array)
+            return result
+
+        usable = everywhere(arrays)
         if self.fill_voids:
             names = [*self.layers, *([self.mask] if self.mask else [])]
             of_matching = ("height", "error", "mask")
-            others = [t for n, t in zip(names, there, strict=True)
+            others = [a for n, a in zip(names, arrays, strict=True)
                       if describe(n).role not in of_matching]  # fmt: skip
-            void = ~there[self.dsm]
-            usable |= np.logical_and.reduce([void, *others])
-        result: NDArray[np.bool_] = usable
-        return result
+            usable |= everywhere([~there(arrays[self.dsm]), *others])
+        return usable
 
 
 def refine_block(
@@ -184,11 +192,11 @@ def refine_block(
         level = local_level([arrays[job.dsm]], out=seen, region=region, chip_px=windows.level_px)
         arrays, region = [array[seen.within(region)] for array in arrays], seen
     inside = out.within(region)
-    wanted = job.usable(arrays)[inside]
+    wanted = job.usable([array[inside] for array in arrays])
     if level is not None:
         wanted &= np.isfinite(level[inside])
     channels = [*arrays[: len(job.layers)], *([] if level is None else [level])]
-    dsm = arrays[job.dsm][inside].astype(np.float32)
+    dsm = arrays[job.dsm][inside]
     void = wanted & ~np.isfinite(dsm)
     parts = [
         (window, part)
@@ -198,7 +206,9 @@ def refine_block(
     groups = _groups(parts, job)
     line = np.array(windows.weights, dtype=np.float32)
     weight = np.outer(line, line)
-    norm, mean, square = (np.zeros(out.shape, dtype=np.float32) for _ in range(3))
+    norm = np.zeros(out.shape, dtype=np.float32)
+    planes = np.zeros((len(job.planes), *out.shape), dtype=np.float32)
+    mean, square = planes[0], planes[1 if job.uncertainty else 0]
     starts: deque[NDArray[np.float32]] = deque()
 
     def batches() -> Iterator[NDArray[np.float32]]:
@@ -223,28 +233,31 @@ def refine_block(
             if job.uncertainty:
                 assert variances is not None
                 square[there] += w * (variances[n][here] + residual * residual)
-    return _planes(job, wanted & (norm > 0), void, dsm, norm, mean, square)
+    _finish(job, planes, wanted & (norm > 0), void, dsm, norm)
+    return planes
 
 
-def _planes(
+def _finish(
     job: Job,
+    planes: NDArray[np.float32],
     done: NDArray[np.bool_],
     void: NDArray[np.bool_],
-    dsm: NDArray[np.float32],
+    dsm: NDArray[Any],
     norm: NDArray[np.float32],
-    mean: NDArray[np.float32],
-    square: NDArray[np.float32],
-) -> NDArray[np.float32]:
-    """Return the planes of a block from the weighted sums over its windows."""
+) -> None:
+    """Make the planes of a block, in place, of the weighted sums over its windows."""
+    mean = planes[0]
     np.divide(mean, norm, out=mean, where=done)
-    planes = [np.where(done, np.where(void, 0, dsm) + mean, np.float32(np.nan))]
     if job.uncertainty:
+        square = planes[1]
         np.divide(square, norm, out=square, where=done)
-        spread = np.sqrt(np.maximum(square - mean * mean, 0))
-        planes.append(np.where(done, spread, np.float32(np.nan)))
+        square -= mean * mean
+        np.sqrt(np.maximum(square, 0, out=square), out=square)
+        square[~done] = np.nan
+    np.add(mean, dsm, out=mean, where=done & ~void)
+    mean[~done] = np.nan
     if job.fill_voids:
-        planes.append((void & done).astype(np.float32))
-    return np.stack(planes).astype(np.float32, copy=False)
+        planes[-1] = void & done
 
 
 def _groups(parts: Sequence[Part], job: Job) -> list[list[Part]]:
