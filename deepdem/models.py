@@ -157,6 +157,17 @@ class ModelSpec:
             if not math.isfinite(value):
                 raise ValueError(f"means[{name!r}]={value}: wanted a finite number")
 
+    def check_alike(self, other: ModelSpec, what: str, cure: str) -> None:
+        """Refuse `what` if its spec is for another network than this one, or for other inputs."""
+        for name in ("layers", "architecture", "encoder", "options", "uncertainty", "chip_size",
+                     "centering"):  # fmt: skip
+            wanted, given = getattr(self, name), getattr(other, name)
+            if wanted != given:
+                raise ValueError(
+                    f"{what} is for {name}={given!r}, wanted {wanted!r}: pass {name} as it has "
+                    f"it, or {cure}"
+                )
+
     @property
     def is_fitted(self) -> bool:
         """Whether the scale and the layers' statistics are known."""

@@ -6,6 +6,7 @@ Kernels: torch and NumPy arrays in, numbers and arrays out.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,6 +52,18 @@ class ErrorStatistics:
         """Take in what another process has seen."""
         for name in vars(self):
             setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def everyones(self) -> ErrorStatistics:
+        """Return what all processes of a distributed training have seen."""
+        spread = torch.distributed
+        if not (spread.is_available() and spread.is_initialized()):
+            return self
+        parts: list[Any] = [None] * spread.get_world_size()
+        spread.all_gather_object(parts, self)
+        together = ErrorStatistics()
+        for part in parts:
+            together.merge(part)
+        return together
 
     def metrics(self) -> dict[str, float]:
         """Return MAE, RMSE, NMAD and bias in metres, and the mean loss; nothing of no error."""

@@ -173,14 +173,9 @@ class DeepDEM(pl.LightningModule):
     def _start_from(self, path: str) -> None:
         own = self.net.network if self.spec.architecture == OWN else None
         other = read_model(path, network=own)
-        for name in ("layers", "architecture", "encoder", "options", "uncertainty", "chip_size",
-                     "centering"):  # fmt: skip
-            mine, theirs = getattr(self.spec, name), getattr(other.spec, name)
-            if mine != theirs:
-                raise ValueError(
-                    f"weights={path!r} is for {name}={theirs!r}, wanted {mine!r}: pass {name} as "
-                    "the file has it, or go on from it with deepdem.load_model(path)"
-                )
+        self.spec.check_alike(
+            other.spec, f"weights={path!r}", "go on from it with deepdem.load_model(path)"
+        )
         self.net.load_state_dict(other.state_dict())
         self.net.requires_grad_(True)
         past = {**other.spec.training, "started_from": Path(path).name}
@@ -267,6 +262,12 @@ class DeepDEM(pl.LightningModule):
                 f"the model has chip_size={self.spec.chip_size}, the data module {width}: heights "
                 "are scaled by what a chip spans, so both must be the same"
             )
+        if not getattr(data, "regions", {}).get("val", True):
+            log.warning(
+                "no validation chip: the validation part of split is narrower than a chip of %d px "
+                "and the guard band of one; there will be no metrics of it, and nothing is "
+                "calibrated", width,
+            )  # fmt: skip
         self.train()  # a model that was loaded is in evaluation mode
         if self.spec.is_fitted:
             return
@@ -397,7 +398,7 @@ class DeepDEM(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log MAE, RMSE, NMAD and bias of the validation region, metres, and show a chip."""
-        seen = _everyones(self._seen)
+        seen = self._seen.everyones()
         metrics = seen.metrics()
         if not metrics:
             return
@@ -512,7 +513,9 @@ class DeepDEM(pl.LightningModule):
         """Take the scale and the statistics back."""
         if "deepdem_spec" in checkpoint:
             saved = checkpoint["deepdem_spec"]
-            self.net.spec = ModelSpec(**{**saved, "layers": tuple(saved["layers"])})
+            spec = ModelSpec(**{**saved, "layers": tuple(saved["layers"])})
+            self.spec.check_alike(spec, "the checkpoint", "start without it")
+            self.net.spec = spec
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the model file: weights and all that `refine` needs, in one safetensors file.
@@ -535,19 +538,6 @@ def _loss_of(loss: str | None, uncertainty: bool) -> str | None:
     if loss in SCALE_LOSSES and not uncertainty:
         raise ValueError(f"loss={loss!r} needs a predicted scale: pass uncertainty=True")
     return loss or (SCALE_LOSSES[0] if uncertainty else None)
-
-
-def _everyones(seen: ErrorStatistics) -> ErrorStatistics:
-    """Return what all processes of a distributed training have seen."""
-    spread = torch.distributed
-    if not (spread.is_available() and spread.is_initialized()):
-        return seen
-    parts: list[Any] = [None] * spread.get_world_size()
-    spread.all_gather_object(parts, seen)
-    together = ErrorStatistics()
-    for part in parts:
-        together.merge(part)
-    return together
 
 
 def load_model(

@@ -86,6 +86,56 @@ def test_training_from_a_config_file(store, tmp_path):
         assert word in card, card
 
 
+LIGHTNING = """
+model: {ema: 0.5}
+trainer:
+  max_epochs: 9
+  precision: bf16-mixed
+  accumulate_grad_batches: 2
+  logger:
+    - class_path: TensorBoardLogger
+      init_args: {save_dir: %(out)s, name: board}
+    - class_path: CSVLogger
+      init_args: {save_dir: %(out)s, name: sheet}
+  callbacks:
+    - class_path: EarlyStopping
+      init_args: {monitor: val_MAE, patience: 1, min_delta: 10}
+    - class_path: LearningRateMonitor
+    - class_path: ModelCheckpoint
+      init_args: {dirpath: %(out)s/best, monitor: val_MAE, filename: "{epoch}"}
+"""
+
+
+@pytest.mark.slow
+def test_callbacks_and_loggers_of_lightning_s_own(store, tmp_path):
+    """Early stopping, checkpoints, loggers, precision and accumulation, all from YAML."""
+    pytest.importorskip("tensorboard")
+    config, more, out = tmp_path / "c.yaml", tmp_path / "more.yaml", tmp_path / "out"
+    config.write_text(CONFIG % store)
+    more.write_text(LIGHTNING % {"out": out})
+    _train("--config", config, "--config", more, "--out", out)
+    model = deepdem.load_model(out / "model.safetensors")
+    assert model.spec.training["epochs"] == 2  # no epoch is ten metres better
+    sheet = pd.read_csv(out / "sheet/version_0/metrics.csv")
+    assert {"lr-AdamW", "train_MAE", "val_MAE"} <= set(sheet.columns)
+    assert list((out / "board/version_0").glob("events*"))
+    (best,) = (out / "best").iterdir()
+    again = deepdem.DeepDEM.load_from_checkpoint(best)
+    again.save(out / "best.safetensors")
+    noted = deepdem.load_model(out / "best.safetensors").spec.training["validation"]
+    assert noted["val_MAE"] == pytest.approx(sheet["val_MAE"].min(), rel=1e-5)
+    with pytest.raises(ValueError, match=r"the checkpoint is for options=.*: pass options"):
+        _train("--config", config, "--out", out, "--ckpt_path", best, "--model.options",
+               "{start_kernel: 8, depth: 2}")  # fmt: skip
+
+
+def test_a_validation_region_without_a_chip_is_told(store, tmp_path, caplog):
+    config = tmp_path / "c.yaml"
+    config.write_text(CONFIG % store)
+    _train("--config", config, "--out", tmp_path, "--data.split", "top 97 %")
+    assert "no validation chip: the validation part of split is narrower" in caplog.text
+
+
 @pytest.mark.slow
 def test_a_sweep_is_resumed_run_by_run(store, tmp_path):
     path, out = tmp_path / "sweep.yaml", tmp_path / "out"
