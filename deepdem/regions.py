@@ -33,6 +33,7 @@ __all__ = ["Opened", "Plane", "Region", "SceneReader", "Seen"]
 
 #: What is read at once when a region is taken into memory: a shard.
 _BLOCK_PX = 2048
+_TORCH = {np.dtype(np.float32): torch.float32, np.dtype(bool): torch.bool}
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class SceneReader:
         self.shape: tuple[int, int] = (ds.sizes["y"], ds.sizes["x"])
         self._stored: dict[str, _Stored] = {}
         self._other: dict[str, xr.Variable] = {}
+        self._masks = frozenset(name for name in names if ds[name].dtype == bool)
         for name in names:
             variable = ds[name].variable
             data = variable.data if variable.chunks is not None else None
@@ -80,12 +82,16 @@ class SceneReader:
         """Whether every layer is read from where it is stored, without Dask."""
         return not self._other
 
-    def in_memory(self, name: str) -> NDArray[np.float32] | None:
-        """Return the whole layer if it is a float32 array in memory, else None."""
+    def held_as(self, name: str) -> np.dtype[Any]:
+        """Return the type in which a layer is held in memory: bool for masks, else float32."""
+        return np.dtype(bool if name in self._masks else np.float32)
+
+    def in_memory(self, name: str) -> NDArray[Any] | None:
+        """Return the whole layer if it is an array in memory, of the type it is held as."""
         variable = self._other.get(name)
-        if variable is None or not variable._in_memory or variable.dtype != np.float32:
+        if variable is None or not variable._in_memory or variable.dtype != self.held_as(name):
             return None
-        values: NDArray[np.float32] = variable.values
+        values: NDArray[Any] = variable.values
         return values
 
     def read(self, names: Sequence[str], box: Box) -> list[NDArray[np.float32]]:
@@ -99,16 +105,16 @@ class SceneReader:
             found |= {n: np.asarray(v, np.float32) for n, v in zip(other, values, strict=True)}
         return [found[name] for name in names]
 
-    def read_into(self, out: Mapping[str, NDArray[np.float32]], box: Box) -> None:
-        """Read the layers over a box into arrays of the box's shape."""
+    def read_into(self, out: Mapping[str, NDArray[Any]], box: Box) -> None:
+        """Read the layers over a box into arrays of its shape, of the type they are held as."""
         targets = {n: out[n] for n in out if n in self._other}
         there = slice(box.y0, box.y1), slice(box.x0, box.x1)
         lazy = {n: self._other[n][there].data for n in targets}
         if chunked := [n for n in targets if isinstance(lazy[n], da.Array)]:
             # All at once: layers that come of one another are computed once.
             da.store(
-                [lazy[n].astype(np.float32) for n in chunked], [targets[n] for n in chunked],
-                lock=False,
+                [lazy[n].astype(targets[n].dtype) for n in chunked],
+                [targets[n] for n in chunked], lock=False,
             )  # fmt: skip
         for name in targets.keys() - set(chunked):
             targets[name][:] = lazy[name]
@@ -132,20 +138,21 @@ class _Stored:
     y: int
     x: int
 
-    def read(self, box: Box, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
-        """Return a box of it, in `out` if that is given."""
+    def read(self, box: Box, out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """Return a box of it: float32, or in `out` if that is given."""
         where = (
             slice(box.y0 + self.y, box.y1 + self.y), slice(box.x0 + self.x, box.x1 + self.x)
         )  # fmt: skip
         array = _zarr_array(self.source)
-        if array is None or array.dtype != np.float32:
-            values = np.asarray(getter(self.source, where), dtype=np.float32)
+        dtype = np.dtype(np.float32) if out is None else out.dtype
+        if array is None or array.dtype != dtype:
+            values: NDArray[Any] = np.asarray(getter(self.source, where), dtype=dtype)
             if out is None:
                 return values
             out[:] = values
             return out
         # Decoded to where it is wanted: fresh memory costs as much as what is decoded into it.
-        out = np.empty(box.shape, dtype=np.float32) if out is None else out
+        out = np.empty(box.shape, dtype=dtype) if out is None else out
         array.get_basic_selection(where, out=NDBuffer.from_numpy_array(out))
         return out
 
@@ -287,8 +294,8 @@ class Opened:
             self._arrays.update(zip(self._rest, values, strict=True))
             self._rest = []
 
-    def layer(self, name: str) -> NDArray[np.float32]:
-        """Return a layer over all that was opened."""
+    def layer(self, name: str) -> NDArray[Any]:
+        """Return a layer over all that was opened, float32, or bool of a mask that is held."""
         if name not in self._arrays:
             self._complete()
         return self._arrays[name]
@@ -332,7 +339,8 @@ class Region:
     @property
     def nbytes(self) -> int:
         """What it takes in memory."""
-        return 4 * len(self.names) * self.box.shape[0] * self.box.shape[1]
+        pixel = sum(self._held_as(name).itemsize for name in self.names)
+        return pixel * self.box.shape[0] * self.box.shape[1]
 
     def hold(self, *, shared: bool) -> None:
         """Take the region into memory; `shared`: into memory that worker processes can see."""
@@ -344,11 +352,11 @@ class Region:
                 held[name] = torch.from_numpy(array[there])
                 continue
             if shared:
-                held[name] = torch.empty(self.box.shape)
+                held[name] = torch.empty(self.box.shape, dtype=_TORCH[self._held_as(name)])
                 held[name].share_memory_()  # type: ignore[no-untyped-call]  # of torch
             else:
                 # NumPy asks for huge pages, torch does not: crops a third faster.
-                held[name] = torch.from_numpy(np.empty(self.box.shape, dtype=np.float32))
+                held[name] = torch.from_numpy(np.empty(self.box.shape, self._held_as(name)))
             if not self._plane(name):
                 read[name] = held[name].numpy()
         self.reader.read_into(read, self.box)
@@ -404,6 +412,11 @@ class Region:
         inside = self.part.inside(box)
         return truth if inside is None else np.where(inside, truth, np.float32(np.nan))
 
+    def _held_as(self, name: str) -> np.dtype[Any]:
+        # The truth is cut off by NaN.
+        made = name == self.target or self._plane(name) is not None
+        return np.dtype(np.float32) if made else self.reader.held_as(name)
+
     def _plane(self, name: str) -> Plane | None:
         return next((plane for plane in self.planes if plane.name == name), None)
 
@@ -416,13 +429,13 @@ class Region:
         there = set(held or ()) - {self.target}
         if held and needed == needed.intersect(self.box) and there.issuperset(plane.inputs):
             place = needed.within(self.box)
-            arrays = [held[name].numpy()[place] for name in plane.inputs]
+            arrays = [np.asarray(held[n].numpy()[place], np.float32) for n in plane.inputs]
         else:
             arrays = self.reader.read(plane.inputs, needed)
         return np.asarray(plane.kernel(arrays, out=out, region=needed), dtype=np.float32)
 
-    def read(self, names: Sequence[str], box: Box) -> list[NDArray[np.float32]]:
-        """Return layers over a box of the scene; views of what is held."""
+    def read(self, names: Sequence[str], box: Box) -> list[NDArray[Any]]:
+        """Return layers over a box of the scene, float32; or views of what is held."""
         if self.held is not None:
             place = box.within(self.box)
             return [self.held[name].numpy()[place] for name in names]

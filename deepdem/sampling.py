@@ -330,8 +330,10 @@ class Stream:
         open_ones = self._open[group]
         if not open_ones:
             self._open_one(group)
-        left = np.cumsum([len(chips) for _, chips in open_ones])
-        which = int(np.searchsorted(left, self._draw.integers(left[-1]), side="right"))
+        which, nth = 0, int(self._draw.integers(sum(len(chips) for _, chips in open_ones)))
+        while nth >= len(open_ones[which][1]):  # the tile that the nth of all chips is in
+            nth -= len(open_ones[which][1])
+            which += 1
         opened, chips = open_ones[which]
         chip = chips.pop()
         if not chips:

@@ -78,7 +78,9 @@ def test_a_box_is_the_same_from_wherever_it_is_read(scene, stored, how, no_compu
             reader.read(NAMES, box)
     region = _region(ds, box)
     region.hold(shared=False)
-    np.testing.assert_array_equal(region.read(["valid"], box)[0], wanted.valid[33:140, 50:170])
+    (mask,) = region.read(["valid"], box)
+    np.testing.assert_array_equal(mask, wanted.valid[33:140, 50:170], strict=True)  # still bool
+    assert region.nbytes == (3 * 4 + 1) * 107 * 120
 
 
 def test_what_is_in_memory_is_not_copied(scene):
