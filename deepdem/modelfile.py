@@ -131,12 +131,14 @@ def _built(
     try:
         # First without memory: a description may ask for more than there is.
         with torch.device("meta"):
-            sketch = ResidualNet(spec, build_network(spec))
-        _compare(sketch, state, what)
+            sketch: ResidualNet | None = ResidualNet(spec, build_network(spec))
     except (RuntimeError, ValueError) as error:
         # Some encoders compute with numbers when they are built, which needs memory.
         if "meta" not in str(error):
-            raise ValueError(f"{what} describes no network that fits it: {error}") from error
+            raise ValueError(f"{what} describes no network that can be: {error}") from error
+        sketch = None
+    if sketch is not None:
+        _compare(sketch, state, what)
     net = ResidualNet(spec)
     _compare(net, state, what)
     return net
@@ -156,7 +158,10 @@ def _compare(net: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
         if name in given and given[name] != shape
     ][:3]
     if said:
-        raise ValueError(f"the weights in {what} are not those of its network: {'; '.join(said)}")
+        raise ValueError(
+            f"the weights in {what} are not those of its network: {'; '.join(said)}. It was "
+            "changed, or is not the network that was trained: save the model again"
+        )
 
 
 def _not_finite(state: Mapping[str, Tensor]) -> list[str]:
@@ -193,7 +198,10 @@ def _spec_of(content: bytes, what: str) -> ModelSpec:
             "deepdem"
         )
     if strange := set(values) - set(ModelSpec.__dataclass_fields__):
-        raise ValueError(f"{what} describes the model by {sorted(strange)}, which is not known")
+        raise ValueError(
+            f"{what} describes the model by {sorted(strange)}, which is not known here: if a newer "
+            "deepdem wrote it, upgrade deepdem"
+        )
     try:
         _check_types(values)
         values = {**values, "layers": tuple(values["layers"])}

@@ -102,7 +102,7 @@ def test_a_newer_or_broken_file_says_so(tmp_path):
                 path, lambda d: d["spec"]["options"].update(decoder_channels=[16, 16, 8, 8, 9])
             )
         )
-    with pytest.raises(ValueError, match=r"\['colour'\], which is not known"):
+    with pytest.raises(ValueError, match=r"\['colour'\], which is not known here: .* upgrade"):
         read_model(_rewritten(path, lambda d: d["spec"].update(colour=1)))
 
 

@@ -61,6 +61,7 @@ class Case:
     chip_size: int
     steps: int
     layers: Sequence[str] = tuple(LAYERS)
+    more: tuple[xr.Dataset, ...] = ()  # further scenes to train on
 
     @property
     def edge(self) -> int:
@@ -98,7 +99,7 @@ class Case:
             list(self.layers), chip_size=self.chip_size, **NETWORKS[network], **model
         )
         data = deepdem.ChipDataModule(
-            self.scene.isel(x=slice(0, self.edge)), chip_size=self.chip_size,
+            [self.scene.isel(x=slice(0, self.edge)), *self.more], chip_size=self.chip_size,
             batch_size=8 * 64**2 // self.chip_size**2,
             split="top 70 %", seed=seed, augment=augment,
         )  # fmt: skip
@@ -127,15 +128,23 @@ def cases(*, small: bool, steps: int, chip_size: int) -> list[Case]:
     if data is None:
         print("no real data (DEEPDEM_DATA): the lidar scene is left out\n")
         return found
+    # 286 by 286 pixels: chips of 64 would leave no validation region.
+    return [*found, Case("lidar", lidar_made(data), 32, steps)]
+
+
+def lidar_made(data: Path, pixel_m: float | None = None) -> xr.Dataset:
+    """Return a real forest under simulated stereo, in memory; of the lidar's own pixels, or so."""
+    grid: dict[str, Any] = {"like": "lidar_dsm"}
+    if pixel_m is not None:
+        grid = {"crs": "EPSG:2949", "resolution": pixel_m}
     lidar = deepdem.stack(
         {n: data / "lidar_topography" / f"{f}.tif" for n, f in
          (("lidar_dsm", "dsm_p95_filled"), ("lidar_dtm", "dtm"), ("shine", "intensity"))},
-        like="lidar_dsm",
+        **grid,
     )  # fmt: skip
     lidar["shine"] = (lidar.shine * (0.45 / float(lidar.shine.quantile(0.98)))).clip(0, 1)
-    # 286 by 286 pixels: chips of 64 would leave no validation region.
     scene = deepdem.simulate_stereo(lidar, albedo="shine").drop_vars(["shine", "lidar_dtm"])
-    return [*found, Case("lidar", scene.deepdem.prepare().compute(), 32, steps)]
+    return scene.deepdem.prepare().compute()
 
 
 def presets(case: Case, cache: Path, seeds: int) -> Result:
@@ -245,10 +254,13 @@ def quarry(data: Path, chip_size: int, steps: int) -> Case:
 
 
 def pretraining(case: Case, cache: Path, seeds: int, *, small: bool) -> None:
-    """Print what it is worth to train on a synthetic scene of the same pixels first."""
+    """Print what it is worth to train on synthetic and lidar-made scenes of its pixels first."""
     shape = (256, 320) if small else (768, 1024)
     made = deepdem.synthetic_scene(shape, seed=0, pixel_size=0.5, chunks=512)
-    first = Case("half-metre", made.deepdem.prepare().compute(), case.chip_size, case.steps, SHORT)
+    data = data_folder()
+    assert data is not None
+    first = Case("half-metre", made.deepdem.prepare().compute(), case.chip_size, case.steps, SHORT,
+                 more=(lidar_made(data, 0.5),))  # fmt: skip
     rows = []
     for seed in range(seeds):
         start = first.train(cache, seed)
@@ -260,7 +272,7 @@ def pretraining(case: Case, cache: Path, seeds: int, *, small: bool) -> None:
             f"{case.error(case.train(cache, seed, weights=str(path), learning_rate=1e-3)):.3f}",
         ))  # fmt: skip
     print(f"{case.name}: {case.steps} steps each, MAE (m) in the unseen part")
-    table(("seed", "initial", "from scratch", "synthetic only", "synthetic, then here"), rows)
+    table(("seed", "initial", "from scratch", "others only", "others, then here"), rows)
 
 
 def main() -> None:
