@@ -231,8 +231,7 @@ class _Pool:
         with self.lock:
             if self.executor is None:
                 self.size = max(torch.get_num_threads(), _worker_threads())
-                if _this_worker() is not None:
-                    keep_memory()
+                keep_memory()
                 self.executor = ThreadPoolExecutor(
                     self.size, "deepdem", initializer=_one_torch_thread,
                     initargs=(torch.get_num_threads(),),
