@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,7 +30,7 @@ from deepdem.batches import (
 from deepdem.level import LevelRegion, local_level
 from deepdem.models import ModelSpec
 from deepdem.recipes import Recipe
-from deepdem.regions import Plane, Region, SceneReader
+from deepdem.regions import Plane, Region, SceneReader, shared_room
 from deepdem.sampling import WEIGHTS, Places, Plan, Weight, fixed_chips, tiling
 from deepdem.scene import check_scene, pixel_size
 from deepdem.splits import Split, Use, split_of
@@ -275,9 +273,8 @@ class ChipDataModule(pl.LightningDataModule):
         if isinstance(self.cache, bool):
             return self.cache
         needed, limit = sum(region.nbytes for region in regions), self._limit()
-        shared = Path("/dev/shm")  # noqa: S108  # where processes share memory
-        if self._workers(regions) and self.cache == "auto" and shared.is_dir():
-            limit = min(limit, shutil.disk_usage(shared).free // 2)
+        if self._workers(regions) and self.cache == "auto":
+            return needed <= min(limit, shared_room() / 2)
         return needed <= limit
 
     def _workers(self, regions: Sequence[Region]) -> int:

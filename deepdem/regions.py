@@ -7,10 +7,13 @@ through Dask. What fits in memory can be held there, shared between processes.
 
 from __future__ import annotations
 
+import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import dask.array as da
@@ -29,7 +32,7 @@ from zarr.buffer.cpu import NDBuffer
 from deepdem.blocks import Box, Kernel, stored_source
 from deepdem.splits import Part
 
-__all__ = ["Opened", "Plane", "Region", "SceneReader", "Seen"]
+__all__ = ["Opened", "Plane", "Region", "SceneReader", "Seen", "shared_room"]
 
 #: What is read at once when a region is taken into memory: a shard.
 _BLOCK_PX = 2048
@@ -181,6 +184,12 @@ def _steps(lo: int, hi: int) -> list[int]:
     return [lo, *range(_next(lo), hi, _BLOCK_PX)]
 
 
+def shared_room() -> float:
+    """Return how many bytes there are that processes can share; infinite where nothing says so."""
+    shared = Path("/dev/shm")  # noqa: S108  # where processes share memory
+    return shutil.disk_usage(shared).free if shared.is_dir() else math.inf
+
+
 class Seen:
     """How many usable pixels the cells of a box have, as far as the box has been read.
 
@@ -196,7 +205,8 @@ class Seen:
     size
         The chips' width. Cells are about an eighth of it, such that half a chip is whole cells.
     shared
-        Whether processes that are sent it fill it in together.
+        Whether processes that are sent it fill it in together; each for itself where there is too
+        little memory that they can share, as in a container.
     """
 
     def __init__(self, box: Box, size: int, *, shared: bool):
@@ -204,8 +214,8 @@ class Seen:
         least = min(max(16, size // 8), half)
         self.cell_px = next(n for n in range(least, half + 1) if half % n == 0)
         rows, columns = (-(-length // self.cell_px) for length in box.shape)
-        if shared:  # what has not been written to takes no memory
-            bytes_ = 4 * rows * columns
+        bytes_ = 4 * rows * columns
+        if shared and bytes_ <= shared_room() / 2:  # what has not been written to takes no memory
             storage = torch.UntypedStorage._new_shared(bytes_)  # type: ignore[no-untyped-call]
             empty = torch.empty(0, dtype=torch.int32)
             cells = empty.set_(storage, 0, (rows, columns))  # type: ignore[call-overload]

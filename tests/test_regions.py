@@ -174,9 +174,12 @@ def test_no_chip_has_more_than_what_was_seen_allows(shape, size, shared, seed):
         assert least <= most <= min(np.count_nonzero(near), size**2)
 
 
-def test_processes_fill_in_together_what_was_seen():
+def test_processes_fill_in_together_what_was_seen(monkeypatch):
     box = Box(0, 64, 0, 64)
     seen = Seen(box, 32, shared=True)
+    assert seen._cells.is_shared()
+    monkeypatch.setattr("deepdem.regions.shared_room", lambda: 100.0)  # a small container
+    assert not Seen(box, 32, shared=True)._cells.is_shared()
     there = ForkingPickler.loads(bytes(ForkingPickler.dumps(seen)))
     there.note(np.zeros(box.shape, bool), box)
     assert seen.most(np.array([3]), np.array([5]), 32) == 0
