@@ -8,6 +8,7 @@ import threading
 import time
 import uuid
 from collections import Counter
+from concurrent.futures import CancelledError
 from functools import partial
 from pathlib import Path
 
@@ -463,6 +464,62 @@ def test_a_cluster_goes_on_by_itself_when_its_workers_are_killed(tmp_path, notes
     assert len(set(killed)) == 3
     assert _files(store) == undisturbed
     assert sum(_times(notes).values()) <= COUNT + 3
+
+
+def _cluster(folder: Path) -> tuple[Path, list[subprocess.Popen]]:
+    """Start a scheduler and two workers, each a process of its own; the scheduler comes first."""
+    file = folder / f"{uuid.uuid4().hex}.json"
+
+    def run(*arguments: str) -> subprocess.Popen:
+        line = [sys.executable, "-m", "dask", *arguments, "--scheduler-file", str(file),
+                "--no-dashboard"]  # fmt: skip
+        return subprocess.Popen(line, stderr=subprocess.DEVNULL)  # noqa: S603
+
+    processes = [run("scheduler", "--host", "127.0.0.1", "--port", "0")]
+    _wait(file.exists, processes[0])
+    return file, [*processes, *(run("worker", "--nthreads", "1") for _ in range(2))]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_the_scheduler_is_killed_and_a_real_refinement_goes_on_with_another(tmp_path, scene):
+    """With the default centring: heights above the scene's local level."""
+    from distributed import Client
+
+    scene.deepdem.to_zarr(tmp_path / "s.zarr")
+    ds = deepdem.open_scene(tmp_path / "s.zarr")
+    model, store = fitted(centering="local", chip_size=32), tmp_path / "r.zarr"
+
+    def write(where: Path) -> None:
+        ds.deepdem.refine(model, chunks=48).deepdem.to_zarr(where, resume=True)
+
+    with dask.config.set(scheduler="threads", num_workers=2):
+        write(tmp_path / "undisturbed.zarr")
+    file, processes = _cluster(tmp_path)
+
+    def killer() -> None:
+        _wait(lambda: _done(store) >= 6)
+        processes[0].kill()
+
+    thread = threading.Thread(target=killer)
+    # That is how long a client tries to find its scheduler again, as well.
+    client = Client(scheduler_file=str(file), timeout=5)
+    try:
+        thread.start()
+        with pytest.raises(CancelledError, match="lost the connection to the scheduler"):
+            write(store)
+    finally:
+        thread.join()
+        client.close(timeout=1)
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert 6 <= _done(store) < 42
+    with pytest.raises(ValueError, match="half-written"):
+        deepdem.open_scene(store)
+    with dask.config.set(scheduler="threads", num_workers=2):
+        write(store)
+    assert _files(store) == _files(tmp_path / "undisturbed.zarr")
 
 
 def test_stores_that_workers_cannot_reach_are_refused(tmp_path):
