@@ -13,9 +13,9 @@ import dask.config
 __all__ = ["give_back", "keep_memory"]
 
 # Of glibc's malloc.h. A batch of four windows of 256 pixels in 32 channels is a little more than
-# the 32 MB that glibc itself goes up to.
+# the 32 MB that glibc itself goes up to; its older versions refuse more.
 _M_TRIM_THRESHOLD, _TRIM = -1, 128 * 2**20
-_M_MMAP_THRESHOLD, _MMAP = -3, 48 * 2**20
+_M_MMAP_THRESHOLD, _MMAP = -3, (48 * 2**20, 32 * 2**20)
 
 
 @cache
@@ -46,8 +46,10 @@ def keep_memory() -> bool:
     user's, and stands.
     """
     libc = _libc()
-    wanted = (_M_MMAP_THRESHOLD, _MMAP), (_M_TRIM_THRESHOLD, _TRIM)
-    return libc is not None and all(libc.mallopt(*pair) == 1 for pair in wanted)
+    if libc is None:
+        return False
+    kept = any(libc.mallopt(_M_MMAP_THRESHOLD, size) == 1 for size in _MMAP)
+    return kept and libc.mallopt(_M_TRIM_THRESHOLD, _TRIM) == 1
 
 
 def give_back() -> None:
