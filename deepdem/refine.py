@@ -95,9 +95,11 @@ def refine(
         A `DeepDEM`, the path or URL of a saved one, or a list of them: an ensemble, whose mean is
         the result. Members must have the same layers, chip size and target.
     window
-        The width of windows in pixels; None: 256, or a chip's width where that is more. A model
-        that is centred on chips, or whose network pools over the window, allows its chips' width
-        only (``model.spec.window_step``).
+        The width of windows in pixels; None: 256, or a chip's width where that is more or where
+        the network feels further than its chips were wide (``model.spec.reach_px``): it has always
+        seen their edges, and is up to a tenth worse without them. A model that is centred on
+        chips, or whose network pools over the window, allows its chips' width only
+        (``model.spec.window_step``).
     overlap
         Of neighbouring windows: a fraction of a window, or pixels. ``"auto"``: an eighth, 1.3
         forward passes a pixel; a quarter (1.8) where windows are as wide as chips must be. With
@@ -248,7 +250,12 @@ def _windows(
 def _window_px(spec: Any, window: int | None, step: int) -> int:
     chip: int = spec.chip_size
     if window is None:
-        return max(chip, _WINDOW_PX // step * step) if step else chip
+        if not step:
+            return chip
+        # A network that feels further than its chips has learned what their edges look like. Two
+        # steps at least: windows of one could not overlap.
+        least = _WINDOW_PX // step * step if spec.reach_px <= chip else 2 * step
+        return max(chip, least)
     if not step and window != chip:
         why = (
             f"the model is centred on chips of {chip} px"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import dask
@@ -296,6 +297,11 @@ def test_windows_are_as_wide_as_the_network_allows(scene, local):
     attrs = scene.deepdem.refine(local).attrs
     assert attrs["deepdem_centering"] == "local"
     assert (attrs["deepdem_window_px"], attrs["deepdem_overlap_px"]) == (256, 32)
+    far = copy.deepcopy(local)
+    for chip, wide in ((32, 64), (96, 96)):  # it knows chips by their edges
+        far.net.spec = replace(local.spec, chip_size=chip, reach_px=100.0)
+        attrs = scene.deepdem.refine(far).attrs
+        assert (attrs["deepdem_window_px"], attrs["deepdem_overlap_px"]) == (wide, 32)
     for window in (16, 100):
         with pytest.raises(ValueError, match=f"window={window}: pass a multiple of 32 px, 32 or"):
             scene.deepdem.refine(local, window=window)
