@@ -439,15 +439,14 @@ class ResidualNet(nn.Module):
             )
         centre = self._own_mean(x) if spec.centering == "chip" else x[:, -1:]
         z = x[:, : len(spec.layers)].clone()
-        z[:, self._heights] = (x[:, self._heights] - centre) / spec.dsm_scale
-        if self._others:
-            names = [spec.layers[i] for i in self._others]
-            mean = x.new_tensor([spec.means[n] for n in names])[:, None, None]
-            std = x.new_tensor([spec.stds[n] for n in names])[:, None, None]
-            others = (x[:, self._others] - mean) / std
-            z[:, self._others] = (
-                others if spec.clip is None else others.clamp(-spec.clip, spec.clip)
-            )
+        # Channel by channel, in place: to select several copies them, there and back.
+        for i in self._heights:
+            z[:, i].sub_(centre[:, 0]).div_(spec.dsm_scale)
+        for i in self._others:
+            name = spec.layers[i]
+            z[:, i].sub_(spec.means[name]).div_(spec.stds[name])
+            if spec.clip is not None:
+                z[:, i].clamp_(-spec.clip, spec.clip)
         return torch.nan_to_num_(z, nan=0.0, posinf=0.0, neginf=0.0)
 
     def _own_mean(self, x: Tensor) -> Tensor:
