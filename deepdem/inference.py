@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from inspect import signature
-from itertools import product
 from typing import cast
 
 import numpy as np
@@ -21,7 +20,7 @@ from torch.nn.utils import fuse_conv_bn_eval
 
 from deepdem.models import ModelSpec, ResidualNet
 
-__all__ = ["NarrowConv", "UpsampledConv", "WinogradConv", "for_inference"]
+__all__ = ["UpsampledConv", "WinogradConv", "for_inference"]
 
 # Fewer channels, and the transforms cost more than the multiplications that they save.
 _WINOGRAD_CHANNELS = 128
@@ -38,8 +37,7 @@ def for_inference(net: ResidualNet, *, bf16: bool = False, compiled: bool = Fals
     Batch normalisation is folded into the convolution before it, which saves a pass over the
     activations; a U-Net's nearest upsampling into the convolution after it (`UpsampledConv`); on
     the CPU, float32 convolutions of many channels are done with fewer multiplications
-    (`WinogradConv`), and those that give one or two channels as products of matrices
-    (`NarrowConv`). The layout is the one in which convolutions are fastest.
+    (`WinogradConv`). The layout is the one in which convolutions are fastest.
 
     Parameters
     ----------
@@ -57,7 +55,7 @@ def for_inference(net: ResidualNet, *, bf16: bool = False, compiled: bool = Fals
     device = next(net.parameters()).device
     rewrites = [_fold]
     if device.type == "cpu" and not bf16:
-        rewrites += [_merge_upsampling, _narrow, *([] if compiled else [_winograd])]
+        rewrites += [_merge_upsampling, *([] if compiled else [_winograd])]
     network = _rewritten(net.network, rewrites, _probe(net.spec).to(device))
     fast = ResidualNet(net.spec, network.to(memory_format=torch.channels_last))
     linear = (nn.modules.conv._ConvNd, nn.Linear)
@@ -227,54 +225,6 @@ def is_plain(conv: nn.Module) -> bool:
     return type(conv) is nn.Conv2d and (
         conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
     ) == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")  # fmt: skip
-
-
-# --- convolutions to one or two channels ----------------------------------------------------------
-
-
-class NarrowConv(nn.Module):
-    """A 3x3 convolution that gives one or two channels: a product of matrices, and nine sums.
-
-    Where a convolution gives sixteen channels at a time, whether they are wanted or not, it is
-    quicker to weigh each pixel for its nine neighbours and to add up what comes from them.
-
-    Parameters
-    ----------
-    conv
-        3x3, stride 1, padded by one pixel of zeros.
-    """
-
-    def __init__(self, conv: nn.Conv2d):
-        super().__init__()
-        assert is_plain(conv)
-        self.outputs = conv.out_channels
-        self.weight = nn.Parameter(conv.weight.detach().permute(2, 3, 0, 1).flatten(0, 2))
-        self.bias = conv.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (n, channel, y, x) from as many pixels; channels last are quickest."""
-        n, channels, height, width = x.shape
-        pixels = x.permute(0, 2, 3, 1).reshape(-1, channels)
-        weighed = (self.weight @ pixels.T).view(3, 3, self.outputs, n, height, width)
-        out = weighed[1, 1]
-        for i, j in product(range(3), range(3)):
-            if (i, j) != (1, 1):
-                (here_y, there_y), (here_x, there_x) = _shifted(i - 1), _shifted(j - 1)
-                out[..., here_y, here_x] += weighed[i, j][..., there_y, there_x]
-        out = out.transpose(0, 1)
-        return out if self.bias is None else out + self.bias[:, None, None]
-
-
-def _shifted(by: int) -> tuple[slice, slice]:
-    """Return where pixels are that have a neighbour `by` pixels on, and where the neighbours."""
-    return slice(max(-by, 0), -by if by > 0 else None), slice(max(by, 0), by if by < 0 else None)
-
-
-def _narrow(network: nn.Module, probe: Tensor) -> None:
-    """Do convolutions to one or two channels as products of matrices."""
-    for name, conv in list(network.named_modules()):
-        if is_plain(conv) and cast(nn.Conv2d, conv).out_channels <= 2:
-            network.set_submodule(name, NarrowConv(cast(nn.Conv2d, conv)))
 
 
 # --- convolutions of many channels ---------------------------------------------------------------

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_models import _batch, _spec
 
-from deepdem.inference import NarrowConv, UpsampledConv, WinogradConv, for_inference
+from deepdem.inference import UpsampledConv, WinogradConv, for_inference
 from deepdem.models import ResidualNet
 
 
@@ -108,15 +108,6 @@ def test_winograd_rounds_little_and_leaves_odd_widths_to_the_convolution():
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (7, 5)])
-@pytest.mark.parametrize("outputs", [1, 2])
-def test_a_narrow_convolution_is_the_convolution(outputs, shape):
-    for conv in (_conv(5, outputs), _conv(5, outputs, bias=False)):
-        x = _draw(5, 3, 5, *shape)
-        torch.testing.assert_close(NarrowConv(conv)(x), conv(x), atol=1e-5, rtol=0)
-
-
-@torch.inference_mode()
 @pytest.mark.parametrize("skip", [0, 3])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 8)])
 def test_upsampling_and_convolution_are_one(skip, shape):
@@ -140,7 +131,6 @@ def test_what_is_rewritten_and_where():
     assert count(fast, UpsampledConv) == 5
     # Of 128 channels and more: 3 + 3 + 3 in the encoder, in the decoder 2 + 2.
     assert count(fast, WinogradConv) == 13
-    assert count(fast, NarrowConv) == 1
     rough = made(bf16=True)
     assert count(rough, UpsampledConv) == count(rough, WinogradConv) == 0
     attentive = for_inference(
