@@ -149,7 +149,7 @@ class UpsampledConv(nn.Module):
 
     def __init__(self, conv: nn.Conv2d, channels: int):
         super().__init__()
-        assert is_plain(conv)
+        assert _is_plain(conv)
         # A row of the output has the kernel's rows w0, w1, w2 over rows -1, 0, 1 of the upsampled
         # map, which are two rows of the small one: an even row w0 and w1 + w2, an odd row w0 + w1
         # and w2. A transposed kernel k adds k[1] and k[3] up for even rows, k[2] and k[0] for odd.
@@ -210,7 +210,7 @@ def _merge_upsampling(network: nn.Module, probe: Tensor) -> None:
             list(signature(block.forward).parameters) == wanted
             and block.interpolation_mode == "nearest"
             and isinstance(attention, nn.Identity)
-            and is_plain(conv)
+            and _is_plain(conv)
         ):
             hooks.append(block.register_forward_pre_hook(saw(name), with_kwargs=True))
     network(probe)
@@ -220,7 +220,7 @@ def _merge_upsampling(network: nn.Module, probe: Tensor) -> None:
         network.set_submodule(name, _UpBlock(network.get_submodule(name), channels))
 
 
-def is_plain(conv: nn.Module) -> bool:
+def _is_plain(conv: nn.Module) -> bool:
     """Return whether this is a 3x3 convolution of stride 1 that pads by one pixel of zeros."""
     return type(conv) is nn.Conv2d and (
         conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
@@ -274,7 +274,7 @@ class WinogradConv(nn.Module):
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
-        assert is_plain(conv)
+        assert _is_plain(conv)
         self.direct = conv
         weight = conv.weight.detach().double()
         kernel = torch.from_numpy(_KERNEL)
@@ -317,5 +317,5 @@ class WinogradConv(nn.Module):
 def _winograd(network: nn.Module, probe: Tensor) -> None:
     """Do convolutions of many channels with fewer multiplications."""
     for name, conv in list(network.named_modules()):
-        if is_plain(conv) and min(conv.in_channels, conv.out_channels) >= _WINOGRAD_CHANNELS:
+        if _is_plain(conv) and min(conv.in_channels, conv.out_channels) >= _WINOGRAD_CHANNELS:
             network.set_submodule(name, WinogradConv(conv))
