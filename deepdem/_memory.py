@@ -1,16 +1,20 @@
-"""What the C library's allocator keeps of freed memory, and when it gives it back."""
+"""Memory: what the C library's allocator keeps of what was freed, and who is on a card."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from queue import LifoQueue
 from typing import Any
 
 import dask.config
 
-__all__ = ["give_back", "keep_memory"]
+__all__ = ["give_back", "keep_memory", "turn_on"]
 
 # Of glibc's malloc.h. A batch of four windows of 256 pixels in 32 channels is a little more than
 # the 32 MB that glibc itself goes up to; its older versions refuse more.
@@ -61,3 +65,38 @@ def give_back() -> None:
     libc = _libc()
     if libc is not None:
         libc.malloc_trim(0)
+
+
+# Chunks on one card at a time: while one is computed, another one is brought or fetched.
+_TURNS = 2
+_turns: dict[str, LifoQueue[Any]] = {}
+_turns_lock = threading.Lock()
+
+
+@contextmanager
+def turn_on(device: str) -> Iterator[None]:
+    """Wait for a turn on a CUDA card, and give a stream of its own to what is done there.
+
+    However many threads a process has, so many chunks and no more share a card's memory, and
+    copying one never waits for the work of another. Other devices have room for all.
+    """
+    if not device.startswith("cuda"):
+        yield
+        return
+    import torch
+
+    with _turns_lock:
+        if device not in _turns:
+            _turns[device] = LifoQueue()
+            new: Any = torch.cuda.Stream  # not typed
+            for _ in range(_TURNS):
+                _turns[device].put(new(device))
+    stream = _turns[device].get()
+    try:
+        # The networks were brought by another stream.
+        stream.wait_stream(torch.cuda.default_stream(device))
+        with torch.cuda.stream(stream):
+            yield
+        stream.synchronize()
+    finally:
+        _turns[device].put(stream)

@@ -417,8 +417,8 @@ class ResidualNet(nn.Module):
         if spec.centering == "local" and spec.reach_px is None:
             self.spec = replace(spec, reach_px=_reach_px(spec, self.network))
         self._dsm = spec.layers.index("dsm")
-        self._heights = [i for i, n in enumerate(spec.layers) if describe(n).is_height]
-        self._others = [i for i, n in enumerate(spec.layers) if n in spec.standardised]
+        #: Where the heights are among the layers.
+        self.heights = [i for i, n in enumerate(spec.layers) if describe(n).is_height]
         # Set by `for_inference`: whether convolutions run in bfloat16, and their weights' type.
         self.bf16, self.weights_dtype = False, torch.float32
 
@@ -437,26 +437,45 @@ class ResidualNet(nn.Module):
                 f"a batch of {x.shape[1]} channels, wanted {list(spec.channels)} "
                 "('dsm_level' is what deepdem.level.local_level gives)"
             )
-        centre = self._own_mean(x) if spec.centering == "chip" else x[:, -1:]
-        z = x[:, : len(spec.layers)].clone()
-        # Channel by channel, in place: to select several copies them, there and back.
-        for i in self._heights:
-            z[:, i].sub_(centre[:, 0]).div_(spec.dsm_scale)
-        for i in self._others:
-            name = spec.layers[i]
-            z[:, i].sub_(spec.means[name]).div_(spec.stds[name])
+        z = torch.empty_like(x[:, : len(spec.layers)])
+        for i in range(len(spec.layers)):
+            if i not in self.heights:
+                z[:, i] = self.plain(i, x[:, i])
+        z[:, self.heights] = self.centred(x[:, self.heights], x[:, self._dsm], x[:, -1])
+        return z
+
+    def plain(self, layer: int, values: Tensor) -> Tensor:
+        """Return what the network sees of a layer that is no height: it knows no window.
+
+        Parameters
+        ----------
+        layer
+            Its place among ``spec.layers``.
+        values
+            Raw units, NaN for no data; any shape and any real type.
+        """
+        name, spec = self.spec.layers[layer], self.spec
+        z = values.to(torch.float32, copy=True)
+        if name in spec.standardised:
+            z.sub_(spec.means[name]).div_(spec.stds[name])
             if spec.clip is not None:
-                z[:, i].clamp_(-spec.clip, spec.clip)
+                z.clamp_(-spec.clip, spec.clip)
         return torch.nan_to_num_(z, nan=0.0, posinf=0.0, neginf=0.0)
 
-    def _own_mean(self, x: Tensor) -> Tensor:
-        """Return the mean height of each chip, (n, 1, 1, 1)."""
-        dsm = x[:, self._dsm]
-        finite = torch.isfinite(dsm)
-        # Summed from the lowest pixel up: at 2000 m a float32 sum of heights would lose decimetres.
-        lowest = torch.where(finite, dsm, torch.inf).amin(dim=(1, 2), keepdim=True)
-        above = torch.where(finite, dsm - lowest, 0.0).sum(dim=(1, 2), keepdim=True)
-        return (lowest + above / finite.sum(dim=(1, 2), keepdim=True).clamp(min=1))[:, None]
+    def centred(self, heights: Tensor, dsm: Tensor, level: Tensor) -> Tensor:
+        """Return what the network sees of heights in windows.
+
+        Parameters
+        ----------
+        heights
+            (n, height layer, y, x), metres, NaN for no data; as ``heights`` lists them.
+        dsm, level
+            (n, y, x): the initial DSM and, of a model with local centring, the local level; what
+            the model does not ask for does not matter.
+        """
+        centre = _own_mean(dsm) if self.spec.centering == "chip" else level
+        z = (heights - centre[:, None]).div_(self.spec.dsm_scale)
+        return torch.nan_to_num_(z, nan=0.0, posinf=0.0, neginf=0.0)
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the residual and, if the network predicts it, the Laplace scale; metres, float32.
@@ -473,7 +492,10 @@ class ResidualNet(nn.Module):
         tuple of Tensor
             Refined minus initial, (n, y, x); the scale b of its distribution, (n, y, x), or None.
         """
-        z = self.standardise(x)
+        return self.moments_of(self.standardise(x))
+
+    def moments_of(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return what `moments` gives, of layers that are standardised: (n, layer, y, x)."""
         kind = z.device.type
         half = torch.autocast(kind, dtype=torch.bfloat16) if self.bf16 else nullcontext()
         with half:
@@ -495,6 +517,15 @@ class ResidualNet(nn.Module):
             Raw layers in the order of ``spec.channels``, float32, NaN for no data.
         """
         return self.moments(x)[0]
+
+
+def _own_mean(dsm: Tensor) -> Tensor:
+    """Return the mean height of each chip (n, y, x), as (n, 1, 1)."""
+    finite = torch.isfinite(dsm)
+    # Summed from the lowest pixel up: at 2000 m a float32 sum of heights would lose decimetres.
+    lowest = torch.where(finite, dsm, torch.inf).amin(dim=(1, 2), keepdim=True)
+    above = torch.where(finite, dsm - lowest, 0.0).sum(dim=(1, 2), keepdim=True)
+    return lowest + above / finite.sum(dim=(1, 2), keepdim=True).clamp(min=1)
 
 
 @torch.inference_mode()

@@ -16,30 +16,32 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from deepdem._memory import keep_memory
 from deepdem.inference import for_inference
 from deepdem.modelfile import read_model, serialise, weights_hash
 from deepdem.models import OWN, ModelSpec, ResidualNet
+from deepdem.mosaic import Batch
 
 __all__ = [
     "ModelRef",
     "Prediction",
+    "Predictions",
     "bf16_is_fast",
+    "in_one_thread",
     "predict",
-    "predictions",
     "resolve_device",
     "ship",
     "swapped_layers",
 ]
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _lock = threading.RLock()
 #: A model file's bytes, and the module they are for if it is the user's own.
@@ -49,6 +51,7 @@ Payload: TypeAlias = "tuple[bytes, nn.Module | None]"
 _payloads: dict[str, Payload] = {}
 _nets: dict[tuple[str, str, bool, bool], ResidualNet] = {}
 _MOST_NETS = 8
+_MOST_KERNELS = 1024  # more than there are Dask threads: none waits for another
 # Which client has sent which weights to its workers.
 _shipped: set[tuple[str, str]] = set()
 
@@ -224,6 +227,8 @@ class _Pool:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.executor: ThreadPoolExecutor | None = None
+        # One thread for each Dask thread that is at a chunk: what it does beside the networks.
+        self.kernels: ThreadPoolExecutor | None = None
         self.size = 0
 
     def get(self) -> tuple[ThreadPoolExecutor, int]:
@@ -232,9 +237,12 @@ class _Pool:
             if self.executor is None:
                 self.size = max(torch.get_num_threads(), _worker_threads())
                 keep_memory()
-                self.executor = ThreadPoolExecutor(
-                    self.size, "deepdem", initializer=_one_torch_thread,
-                    initargs=(torch.get_num_threads(),),
+                self.executor, self.kernels = (
+                    ThreadPoolExecutor(
+                        size, name, initializer=_one_torch_thread,
+                        initargs=(torch.get_num_threads(),),
+                    )
+                    for size, name in ((self.size, "deepdem"), (_MOST_KERNELS, "deepdem-chunk"))
                 )  # fmt: skip
             return self.executor, self.size
 
@@ -257,38 +265,99 @@ def _worker_threads() -> int:
 _pool = _Pool()
 
 
-def predictions(
-    nets: Sequence[ResidualNet], batches: Iterable[NDArray[np.float32]], how: Prediction
-) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32] | None]]:
-    """Give what `predict` gives of each batch, in order, several at a time on the CPU.
+def in_one_thread(work: Callable[[], T]) -> T:
+    """Return what `work` gives in a thread of its own, in which torch starts no others."""
+    _pool.get()
+    assert _pool.kernels is not None
+    return _pool.kernels.submit(work).result()
+
+
+#: How a network sees images: the numbers that it standardises them by, and whether left is right.
+_Look: TypeAlias = "tuple[Any, ...]"
+# Rows that are made ready at once on a CPU, so that they stay in its cache.
+_ROWS = 32
+
+
+class Predictions:
+    """What `predict` gives of the windows of a chunk: the predictor of `deepdem.mosaic`.
 
     Parameters
     ----------
     nets, how
         As in `predict`.
-    batches
-        (n, layer, y, x) each; taken one by one, a few ahead of what is given.
     """
 
-    def one(batch: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-        mean, variance = predict(nets, torch.from_numpy(batch), how)
-        return mean.numpy(), None if variance is None else variance.numpy()
+    def __init__(self, nets: Sequence[ResidualNet], how: Prediction):
+        self.nets, self.how = nets, how
+        # Members of an ensemble mostly have the same statistics: then they share what is ready.
+        self.looks: dict[_Look, tuple[ResidualNet, bool]] = {}
+        for net in nets:
+            for swap in _swaps(how):
+                self.looks.setdefault(_look(net, swap), (net, swap))
 
-    if how.device != "cpu":
-        yield from map(one, batches)
-        return
-    executor, size = _pool.get()
-    ahead: deque[Future[Any]] = deque()
-    try:
-        for batch in batches:
-            ahead.append(executor.submit(one, batch))
-            if len(ahead) > size:
+    @property
+    def depths(self) -> Sequence[int]:
+        """How many channels the images have that are made ready, one for each way to see them."""
+        return [len(net.spec.layers) for net, _ in self.looks.values()]
+
+    def prepare(self, layers: Sequence[Tensor], into: Sequence[Tensor]) -> None:
+        """Make the layers ready, standardised and without NaN, but for the heights."""
+        rows = _ROWS if self.how.device == "cpu" else len(layers[0])
+        for (net, swap), ready in zip(self.looks.values(), into, strict=True):
+            order = _order(len(layers), self.how.swap if swap else None)
+            for y in range(0, len(layers[0]), rows):
+                for i in range(len(net.spec.layers)):
+                    if i not in net.heights:
+                        ready[y : y + rows, :, i] = net.plain(i, layers[order[i]][y : y + rows])
+
+    def __call__(self, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Give the residual of each batch and its variance, in order, several at a time on a CPU.
+
+        Batches are taken one by one, a few ahead of what is given.
+        """
+        if self.how.device != "cpu":
+            yield from map(self._one, batches)
+            return
+        executor, size = _pool.get()
+        ahead: deque[Future[Any]] = deque()
+        try:
+            for batch in batches:
+                ahead.append(executor.submit(self._one, batch))
+                if len(ahead) > size:
+                    yield ahead.popleft().result()
+            while ahead:
                 yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-    finally:
-        for future in ahead:
-            future.cancel()
+        finally:
+            for future in ahead:
+                future.cancel()
+
+    @torch.inference_mode()
+    def _one(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        def work(lo: int, hi: int) -> tuple[Tensor, Tensor | None]:
+            part = batch.part(lo, hi)
+
+            def moments(net: ResidualNet, view: View) -> tuple[Tensor, Tensor | None]:
+                return net.moments_of(view.turn(self._seen(part, net, view.swap)))
+
+            return _mixture(self.nets, moments, self.how)
+
+        return _fitting(work, 0, len(batch), self.how.device)
+
+    def _seen(self, batch: Batch, net: ResidualNet, swap: bool) -> Tensor:
+        """Return the windows as the network sees them, (n, layer, y, x), channels last."""
+        z = batch.cut(batch.ready[list(self.looks).index(_look(net, swap))])
+        names = [net.spec.layers[i] for i in net.heights]
+        heights = {name: batch.height(name) for name in names}
+        level = heights["dsm"] if batch.level is None else batch.cut(batch.level)
+        centred = net.centred(torch.stack([*heights.values()], dim=1), heights["dsm"], level)
+        for n, i in enumerate(net.heights):
+            z[..., i] = centred[:, n]
+        return z.permute(0, 3, 1, 2)
+
+
+def _look(net: ResidualNet, swap: bool) -> _Look:
+    spec = net.spec
+    return tuple((n, spec.means.get(n), spec.stds.get(n)) for n in spec.layers), spec.clip, swap
 
 
 @torch.inference_mode()
@@ -302,7 +371,7 @@ def predict(
     nets
         On the device, in evaluation mode; more than one is an ensemble of equal weights.
     batch
-        (n, layer, y, x) raw layers, NaN for no data, on the CPU.
+        (n, channel, y, x) raw layers, NaN for no data, on the CPU.
     how
         Device, precision, symmetries.
 
@@ -320,71 +389,98 @@ def predict(
     A batch that does not fit a CUDA card's memory is halved and tried again; any other error is
     raised.
     """
-    if how.device == "cpu":
-        return _mixture(nets, batch, how)
-    try:
-        mean, variance = _mixture(nets, batch.to(how.device, non_blocking=True), how)
+
+    def work(lo: int, hi: int) -> tuple[Tensor, Tensor | None]:
+        part = batch[lo:hi].to(how.device, non_blocking=True)
+
+        def moments(net: ResidualNet, view: View) -> tuple[Tensor, Tensor | None]:
+            order = _order(part.shape[1], how.swap if view.swap else None)
+            return net.moments(view.turn(part[:, order] if view.swap else part))
+
+        mean, variance = _mixture(nets, moments, how)
         return mean.cpu(), None if variance is None else variance.cpu()
+
+    return _fitting(work, 0, len(batch), how.device)
+
+
+def _fitting(
+    work: Callable[[int, int], tuple[Tensor, Tensor | None]], lo: int, hi: int, device: str
+) -> tuple[Tensor, Tensor | None]:
+    """Return what `work` gives of windows [lo, hi), in halves where they do not fit a card."""
+    try:
+        return work(lo, hi)
     except torch.cuda.OutOfMemoryError:
-        if len(batch) == 1:
+        if device == "cpu" or hi - lo == 1:
             raise
-        log.warning("a batch of %d windows does not fit %s: halving it", len(batch), how.device)
+        log.warning("a batch of %d windows does not fit %s: halving it", hi - lo, device)
     torch.cuda.empty_cache()
-    half = len(batch) // 2
-    parts = [predict(nets, part, how) for part in (batch[:half], batch[half:])]
+    half = lo + (hi - lo) // 2
+    parts = [_fitting(work, *part, device) for part in ((lo, half), (half, hi))]
     variances = [variance for _, variance in parts if variance is not None]
     return torch.cat([mean for mean, _ in parts]), torch.cat(variances) if variances else None
 
 
 def _mixture(
-    nets: Sequence[ResidualNet], batch: Tensor, how: Prediction
+    nets: Sequence[ResidualNet],
+    moments: Callable[[ResidualNet, View], tuple[Tensor, Tensor | None]],
+    how: Prediction,
 ) -> tuple[Tensor, Tensor | None]:
     views = _views(how)
     members = len(nets) * len(views)
     scaled = any(net.spec.uncertainty for net in nets)
     if members == 1 and not scaled:
-        return nets[0].moments(batch)[0], None
+        return moments(nets[0], views[0])[0], None
     # Running mean and sum of squared deviations (Welford, 1962): no member is kept.
-    mean, spread = torch.zeros_like(batch[:, 0]), torch.zeros_like(batch[:, 0])
-    own = torch.zeros_like(batch[:, 0])
+    mean = spread = own = torch.zeros(())
     seen = 0
     for net in nets:
-        for forth, back in views:
-            residual, scale = (
-                None if part is None else back(part) for part in net.moments(forth(batch))
-            )
-            assert residual is not None
+        for view in views:
+            residual, scale = moments(net, view)
+            residual = view.back(residual)
+            if not seen:
+                mean, spread, own = (torch.zeros_like(residual) for _ in range(3))
             seen += 1
             step = residual - mean
             mean = mean + step / seen
             spread = spread + step * (residual - mean)
             if scale is not None:
-                own = own + 2 * scale.square()
+                own = own + 2 * view.back(scale).square()
     return mean, (own + spread) / members
 
 
-View: TypeAlias = "tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]"
+@dataclass(frozen=True)
+class View:
+    """One way to look at windows: quarter turns, mirrored, left and right image swapped."""
+
+    turns: int = 0
+    flip: bool = False
+    swap: bool = False
+
+    def turn(self, x: Tensor) -> Tensor:
+        """Return windows (n, layer, y, x) as they are seen."""
+        return torch.rot90(torch.flip(x, (-1,)) if self.flip else x, self.turns, (-2, -1))
+
+    def back(self, y: Tensor) -> Tensor:
+        """Return what was seen (n, y, x) the way the windows were."""
+        y = torch.rot90(y, -self.turns, (-2, -1))
+        return torch.flip(y, (-1,)) if self.flip else y
+
+
+def _swaps(how: Prediction) -> tuple[bool, ...]:
+    return (False, True) if how.tta and how.swap else (False,)
+
+
+def _order(count: int, swap: tuple[int, int] | None) -> list[int]:
+    """Return which layer stands where if the images are swapped, or are not."""
+    order = list(range(count))
+    if swap is not None:
+        left, right = swap
+        order[left], order[right] = right, left
+    return order
 
 
 def _views(how: Prediction) -> list[View]:
-    """Return ways to look at a batch, and to turn what was seen back: itself alone, or all."""
+    """Return the ways to look at a batch: as it is, or all."""
     if not how.tta:
-        return [(lambda x: x, lambda y: y)]
-    views: list[View] = []
-    swaps = (False, True) if how.swap else (False,)
-    for turns, flip, swap in product(range(4), (False, True), swaps):
-
-        def forth(x: Tensor, turns: int = turns, flip: bool = flip, swap: bool = swap) -> Tensor:
-            if swap and how.swap:
-                order = list(range(x.shape[1]))
-                left, right = how.swap
-                order[left], order[right] = right, left
-                x = x[:, order]
-            return torch.rot90(torch.flip(x, (-1,)) if flip else x, turns, (-2, -1))
-
-        def back(y: Tensor, turns: int = turns, flip: bool = flip) -> Tensor:
-            y = torch.rot90(y, -turns, (-2, -1))
-            return torch.flip(y, (-1,)) if flip else y
-
-        views.append((forth, back))
-    return views
+        return [View()]
+    return [View(*each) for each in product(range(4), (False, True), _swaps(how))]

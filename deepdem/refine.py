@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -43,15 +44,17 @@ def _refine_chunk(
     how: Any,
 ) -> NDArray[np.float32]:
     """Return one output chunk: find the networks in this process and call the kernel."""
-    from deepdem.predict import predictions, resolve_device
+    from deepdem.predict import Predictions, in_one_thread, resolve_device
 
     here = replace(how, device=resolve_device(how.device))
     nets = [model.net(here.device, bf16=here.bf16, compiled=here.compiled) for model in models]
     if job.batch_size is None:
         job = replace(job, batch_size=auto_batch(here.device, job.windows.width))
-    block = refine_block(
-        arrays, lambda batches: predictions(nets, batches, here), job, out=out, region=region
-    )
+    work = partial(
+        refine_block, arrays, Predictions(nets, here), job, out=out, region=region,
+        device=here.device,
+    )  # fmt: skip
+    block = in_one_thread(work) if here.device == "cpu" else work()
     give_back()
     return block
 

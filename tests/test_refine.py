@@ -72,14 +72,14 @@ def test_nothing_leaks_out_of_a_hole(scene, model):
 
 def test_windows_without_a_wanted_pixel_cost_nothing(scene, model, monkeypatch):
     seen = []
-    predict = deepdem.predict.predict
+    centred = deepdem.models.ResidualNet.centred
 
-    def counted(nets, batch, how):
-        seen.append(len(batch))
-        assert np.isfinite(batch[:, 0].numpy()).any(axis=(1, 2)).all()
-        return predict(nets, batch, how)
+    def counted(net, heights, dsm, level):
+        seen.append(len(dsm))
+        assert dsm.isfinite().any(dim=(1, 2)).all()
+        return centred(net, heights, dsm, level)
 
-    monkeypatch.setattr("deepdem.predict.predict", counted)
+    monkeypatch.setattr("deepdem.models.ResidualNet.centred", counted)
     half = scene.copy(deep=True)
     half.dsm[:, 100:] = np.nan
     refined = half.deepdem.refine(model, overlap=0).compute(scheduler="sync")
@@ -251,13 +251,13 @@ def test_training_sees_what_refine_sees(scene, local, monkeypatch):
     seen = np.concatenate([batch[:, 0] - batch[:, -1] for batch in batches])
 
     whole = []
-    standardise = deepdem.models.ResidualNet.standardise
+    centred = deepdem.models.ResidualNet.centred
 
-    def noted(net, x):
-        whole.append((x[0, 0] - x[0, -1]).numpy())
-        return standardise(net, x)
+    def noted(net, heights, dsm, level):
+        whole.append((dsm - level)[0].numpy())
+        return centred(net, heights, dsm, level)
 
-    monkeypatch.setattr("deepdem.models.ResidualNet.standardise", noted)
+    monkeypatch.setattr("deepdem.models.ResidualNet.centred", noted)
     scene.deepdem.refine(local, window=320).compute(scheduler="sync")
     # The chips of the right half, less a guard band of one chip, row by row.
     left = 130 + 32
@@ -280,13 +280,13 @@ def test_a_far_void_has_no_level_and_is_not_filled(scene, local):
 
 def test_what_straddles_a_chunk_is_computed_no_further_than_needed(scene, local, monkeypatch):
     seen = []
-    predict = deepdem.predict.predict
+    moments = deepdem.models.ResidualNet.moments_of
 
-    def counted(nets, batch, how):
-        seen.append(batch.shape[0] * batch.shape[2] * batch.shape[3])
-        return predict(nets, batch, how)
+    def counted(net, z):
+        seen.append(z[:, 0].numel())
+        return moments(net, z)
 
-    monkeypatch.setattr("deepdem.predict.predict", counted)
+    monkeypatch.setattr("deepdem.models.ResidualNet.moments_of", counted)
     square = scene.isel(y=slice(0, 256), x=slice(0, 256))
     square.deepdem.refine(local, window=256, chunks=128).compute(scheduler="sync")
     assert sum(seen) == 4 * 160**2  # of each a quarter, and its reach rounded up to a block
@@ -492,3 +492,32 @@ def test_inputs_are_hashed_chunk_by_chunk(scene, model):
     differs = hashes(changed) != one
     assert differs[1, 0]
     assert differs.sum() == 1
+
+
+# --- on a card ------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+@pytest.mark.parametrize("options", [{}, {"tta": True, "uncertainty": True}, {"fill_voids": True}])
+@pytest.mark.parametrize("centering", ["chip", "local"])
+def test_on_a_card_it_is_the_same_surface(scene, model, local, options, centering):
+    """However many threads share it, and whatever the order of their chunks."""
+    from deepdem._memory import _TURNS, _turns
+
+    net = model if centering == "chip" else local
+    holes = scene.copy(deep=True)
+    holes.dsm[40:120, 60:90] = np.nan
+    holes["valid"] = holes.valid & holes.dsm.notnull()
+    options = {"precision": "float32", **options}
+    wanted = holes.deepdem.refine(net, device="cpu", **options).compute()
+    with dask.config.set(scheduler="threads", num_workers=8):
+        cut = holes.chunk(y=77, x=130)
+        given = cut.deepdem.refine(net, device="cuda", chunks=70, batch_size=3, **options).compute()
+    assert {turns.qsize() for turns in _turns.values()} == {_TURNS}
+    for name in ("refined", "refined_std", "filled"):
+        if isinstance(wanted, xr.DataArray):
+            wanted, given = wanted.to_dataset(), given.to_dataset()
+        if name in wanted:
+            np.testing.assert_allclose(
+                given[name].astype(float), wanted[name].astype(float), atol=1e-3
+            )

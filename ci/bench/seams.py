@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 from common import Result, options, report, seam
+from torch import Tensor
 
 from deepdem.blocks import Box
-from deepdem.mosaic import Job, Windows, refine_block
+from deepdem.mosaic import Batch, Job, Windows, refine_block
 from deepdem.windows import blend_weights, overlap_px, window_grid
 
-Fields = Iterable[tuple[np.ndarray, None]]
 CONSTANT_M = 3.0
 
 
-def constant(batches: Iterator[np.ndarray]) -> Fields:
-    for batch in batches:
-        yield np.full(batch[:, 0].shape, CONSTANT_M, dtype=np.float32), None
+@dataclass(frozen=True)
+class Known:
+    """A network whose residual is a known function of the heights of its windows (n, y, x)."""
+
+    residual: Callable[[Tensor], Tensor]
+    depths: Sequence[int] = ()
+
+    def prepare(self, layers: Sequence[Tensor], into: Sequence[Tensor]) -> None:
+        """There is nothing but the initial DSM."""
+
+    def __call__(self, batches: Iterator[Batch]) -> Iterator[tuple[Tensor, None]]:
+        for batch in batches:
+            yield self.residual(batch.height("dsm")), None
 
 
-def own_mean(batches: Iterator[np.ndarray]) -> Fields:
-    for batch in batches:
-        mean = batch[:, 0].mean(axis=(1, 2), keepdims=True)
-        yield np.broadcast_to(mean, batch[:, 0].shape).astype(np.float32), None
+def constant(heights: Tensor) -> Tensor:
+    return torch.full_like(heights, CONSTANT_M)
+
+
+def own_mean(heights: Tensor) -> Tensor:
+    return heights.mean(dim=(1, 2), keepdim=True).expand_as(heights)
 
 
 def correction(
-    surface: np.ndarray, predictor: Any, blend: str, overlap: float, width: int
+    surface: np.ndarray, predictor: Known, blend: str, overlap: float, width: int
 ) -> np.ndarray:
     """Return refined minus initial."""
     stride = width - overlap_px(overlap, width)
@@ -51,7 +64,7 @@ def main() -> None:
     args = options(__doc__)
     size, width = (400, 64) if args.size == "small" else (2000, 256)
     surface = rough(size)
-    flat = correction(surface, constant, "hann", 0.25, width)
+    flat = correction(surface, Known(constant), "hann", 0.25, width)
     ulp = float(np.spacing(np.abs(surface).max() + CONSTANT_M))
     results = [
         Result("11. a constant residual: largest deviation, in the surface's float32 steps",
@@ -63,7 +76,7 @@ def main() -> None:
     for overlap in (0.125, 0.25, 0.5):
         stride = width - overlap_px(overlap, width)
         jumps = {
-            blend: seam(correction(surface, own_mean, blend, overlap, width), width, stride)
+            blend: seam(correction(surface, Known(own_mean), blend, overlap, width), width, stride)
             for blend in ("hann", "none")
         }
         name = f"11. the window's mean, overlap {overlap:g}: jumps at edges, hann / none"
