@@ -114,7 +114,6 @@ def read_model(
             else f"{what} holds an {spec.architecture!r} that is built here: leave network= out"
         )
     net = _built(spec, network, state, what)
-    net.load_state_dict(state)
     if broken := _not_finite(state):
         raise ValueError(f"the weights {broken} in {what} are not finite: its training diverged")
     return net.eval().requires_grad_(False)
@@ -123,13 +122,15 @@ def read_model(
 def _built(
     spec: ModelSpec, network: nn.Module | None, state: Mapping[str, Tensor], what: str
 ) -> ResidualNet:
-    """Return a network of the shape of the file's tensors, or say where it is not."""
+    """Return a network with the file's tensors, or say where it is not of their shape."""
     if network is not None:
         net = ResidualNet(spec, network)
         _compare(net, state, what)
+        net.load_state_dict(state)
         return net
     try:
-        # First without memory: a description may ask for more than there is.
+        # First without memory: a description may ask for more than there is. And most of the time
+        # that a network takes to be made is drawing weights that are then replaced.
         with torch.device("meta"):
             sketch: ResidualNet | None = ResidualNet(spec, build_network(spec))
     except (RuntimeError, ValueError) as error:
@@ -139,8 +140,15 @@ def _built(
         sketch = None
     if sketch is not None:
         _compare(sketch, state, what)
+        if all(state[name].dtype == t.dtype for name, t in sketch.state_dict().items()):
+            sketch.load_state_dict(state, assign=True)
+            # Some keep numbers that are in no file, and so are not there yet.
+            held = (*sketch.buffers(), *(v for m in sketch.modules() for v in vars(m).values()))
+            if not any(isinstance(value, Tensor) and value.is_meta for value in held):
+                return sketch
     net = ResidualNet(spec)
     _compare(net, state, what)
+    net.load_state_dict(state)
     return net
 
 
@@ -165,8 +173,10 @@ def _compare(net: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
 
 
 def _not_finite(state: Mapping[str, Tensor]) -> list[str]:
-    floats = ((n, t) for n, t in state.items() if t.is_floating_point())
-    return [name for name, tensor in floats if not bool(torch.isfinite(tensor).all())][:3]
+    floats = {n: t for n, t in state.items() if t.is_floating_point()}
+    # A sum is not finite if one of its terms is not, and is had at once. It may also be too large.
+    doubtful = [n for n, t in floats.items() if not bool(torch.isfinite(t.sum()))]
+    return [n for n in doubtful if not bool(torch.isfinite(floats[n]).all())][:3]
 
 
 def _read_bytes(path: str) -> bytes:

@@ -197,3 +197,30 @@ def test_a_network_of_one_s_own_takes_its_weights_back(scene, tmp_path):
     fitted().save(tmp_path / "m.safetensors")
     with pytest.raises(ValueError, match="leave network= out"):
         deepdem.load_model(tmp_path / "m.safetensors", network=Plain())
+
+
+class _Ramp(torch.nn.Module):
+    """A network that keeps a number which no file holds."""
+
+    def __init__(self, layers: int):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(layers, 1, 3, padding=1)
+        self.register_buffer("twice", torch.ones(1) * 2, persistent=False)
+
+    def forward(self, x):
+        return self.conv(x) * self.twice
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_network_is_not_drawn_to_be_overwritten_unless_it_must(tmp_path, monkeypatch, half):
+    """What is in no file is made as it always is; weights of another type are converted."""
+    monkeypatch.setitem(
+        deepdem.models.ARCHITECTURES, "ramp", lambda spec, weights: _Ramp(len(spec.layers))
+    )
+    for options in ({"architecture": "ramp"}, {"architecture": "resdepth"}):
+        model = deepdem.DeepDEM(["dsm"], dsm_scale=5.0, chip_size=32, **options).eval()
+        content = serialise(model.net.half() if half else model.net)
+        net = read_model(content)
+        x = torch.rand(1, len(net.spec.channels), 32, 32)
+        assert next(net.parameters()).dtype == torch.float32
+        torch.testing.assert_close(net(x), model.net.float()(x))
