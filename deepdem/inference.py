@@ -7,9 +7,11 @@ that it does not suit keeps its own way.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from inspect import signature
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ from torch.nn.utils import fuse_conv_bn_eval
 
 from deepdem.models import ModelSpec, ResidualNet
 
-__all__ = ["UpsampledConv", "WinogradConv", "for_inference"]
+__all__ = ["UpsampledConv", "WinogradConv", "exact_float32", "for_inference"]
 
 # Fewer channels, and the transforms cost more than the multiplications that they save.
 _WINOGRAD_CHANNELS = 128
@@ -76,7 +78,67 @@ def _probe(spec: ModelSpec) -> Tensor:
     return torch.randn((1, len(spec.layers), size, size), generator=draw)
 
 
+# --- what float32 is -----------------------------------------------------------------------------
+
+_lock = threading.Lock()
+_within = 0
+_found: tuple[Any, ...] = ()
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Let float32 be float32 in this process as long as any thread is within.
+
+    As it comes, torch lets convolutions on a card round their inputs to ten bits (TF32), and a
+    user may have allowed the like to matrix products, to bfloat16 on a CPU even: Lightning
+    advises ``torch.set_float32_matmul_precision("medium")``. Both are off by 1e-3, centimetres
+    of a residual of tens of metres. They are settings of the process, not of a thread: whoever
+    comes first changes them, and the last to leave puts back what was found.
+    """
+    global _within, _found
+    with _lock:
+        if not _within:
+            _found = _precisions()
+            _set_precisions((False, "highest", *("ieee" for _ in _places())))
+        _within += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _within -= 1
+            if not _within:
+                _set_precisions(_found)
+
+
+def _places() -> tuple[Any, ...]:
+    """Return where torch 2.9 and newer keep what float32 is."""
+    backends: Any = torch.backends
+    if not hasattr(backends.cudnn, "conv"):
+        return ()
+    of_cuda = (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul)
+    return (*of_cuda, backends.mkldnn.conv, backends.mkldnn.matmul)
+
+
+def _precisions() -> tuple[Any, ...]:
+    """Return what the older settings, two of them, and the newer ones say."""
+    if not (places := _places()):
+        return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    # To ask for the older is an error where a user has set the newer: what they must have been.
+    conv, _, product, _, here = newer = tuple(place.fp32_precision for place in places)
+    older = "medium" if here == "bf16" else "high" if product == "tf32" else "highest"
+    return conv == "tf32", older, *newer
+
+
+def _set_precisions(wanted: tuple[Any, ...]) -> None:
+    conv, product, *newer = wanted
+    torch.backends.cudnn.allow_tf32 = conv
+    torch.set_float32_matmul_precision(product)
+    for place, precision in zip(_places(), newer, strict=True):
+        place.fp32_precision = precision
+
+
 @torch.no_grad()
+@exact_float32()
 def _rewritten(
     network: nn.Module, rewrites: Sequence[Callable[[nn.Module, Tensor], None]], probe: Tensor
 ) -> nn.Module:

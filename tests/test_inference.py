@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_models import _batch, _spec
 
-from deepdem.inference import UpsampledConv, WinogradConv, for_inference
+from deepdem.inference import UpsampledConv, WinogradConv, exact_float32, for_inference
 from deepdem.models import ResidualNet
+from deepdem.predict import Prediction, predict
 
 
 def _normalised(net):
@@ -151,3 +153,59 @@ def test_what_is_compiled_gives_the_same():
         fast = for_inference(net, compiled=True)
         torch.testing.assert_close(fast(_batch()), net(_batch()), atol=1e-4, rtol=0)
     assert fast.network._compiled_call_impl is not None
+
+
+# --- what float32 is ------------------------------------------------------------------------------
+
+
+def _now():
+    said = (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision())
+    if hasattr(torch.backends.cudnn, "conv"):
+        said += (torch.backends.cudnn.conv.fp32_precision,)
+    return said
+
+
+def test_matrix_products_of_bf16_that_a_user_allowed_are_not_ours():
+    """Winograd's are matrix products; without bf16 instructions the setting does nothing."""
+    net = _normalised(ResidualNet(_spec(architecture="unet", encoder="resnet18", options={})))
+    x = torch.cat([_batch()] * 2, dim=-1).repeat(1, 1, 2, 1)
+    fast = for_inference(net)
+    assert any(isinstance(m, WinogradConv) for m in fast.modules())
+    wanted, _ = predict([fast], x, Prediction())
+    torch.set_float32_matmul_precision("medium")
+    try:
+        # Rewritten with the setting as well: it is checked on a probe.
+        given = [predict([one], x, Prediction())[0] for one in (fast, for_inference(net))]
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert all(torch.equal(one, wanted) for one in given)
+
+
+@pytest.mark.parametrize("allowed", ["highest", "high", "medium"])
+def test_settings_are_put_back_by_the_last_thread_that_needs_them(allowed):
+    torch.set_float32_matmul_precision(allowed)
+    before, come, leave = _now(), threading.Event(), threading.Event()
+
+    def other():
+        with exact_float32():
+            come.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=other)
+    try:
+        with exact_float32():
+            exact = _now()
+            assert exact[:2] == (False, "highest")
+            assert "tf32" not in exact
+            thread.start()
+            come.wait(10)
+        assert _now() == exact  # the other is still within
+        leave.set()
+        thread.join()
+        assert _now() == before
+        with pytest.raises(RuntimeError, match="its own"), exact_float32():
+            raise RuntimeError("its own")
+        assert _now() == before
+    finally:
+        leave.set()
+        torch.set_float32_matmul_precision("highest")
