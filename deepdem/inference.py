@@ -13,33 +13,30 @@ from contextlib import contextmanager
 from inspect import signature
 from typing import Any, cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.utils import fuse_conv_bn_eval
 
+from deepdem.convolution import LANES, NarrowConv, WinogradConv
 from deepdem.models import ModelSpec, ResidualNet
 
-__all__ = ["UpsampledConv", "WinogradConv", "exact_float32", "for_inference"]
+__all__ = ["UpsampledConv", "exact_float32", "for_inference"]
 
-# Fewer channels, and the transforms cost more than the multiplications that they save.
-_WINOGRAD_CHANNELS = 128
+# Input channels of an upsampled map, with more of which `WinogradConv` has more to load than it
+# saves, and output channels with which `NarrowConv` is faster.
+_MOST_UPSAMPLED, _NARROW = 64, 2
 # A network that takes any multiple of 32 pixels is tried on these: a map of 4 at its deepest.
 _PROBE_PX = 128
-# Tiles in one matrix product: enough that the weights are worth loading, and no more, so that what
-# is between two steps stays in a core's cache.
-_TILES = 64
 
 
 def for_inference(net: ResidualNet, *, bf16: bool = False, compiled: bool = False) -> ResidualNet:
     """Return a copy of the network that gives the same residuals faster and cannot be trained.
 
     Batch normalisation is folded into the convolution before it, which saves a pass over the
-    activations; a U-Net's nearest upsampling into the convolution after it (`UpsampledConv`); on
-    the CPU, float32 convolutions of many channels are done with fewer multiplications
-    (`WinogradConv`). The layout is the one in which convolutions are fastest.
+    activations. On the CPU and in float32, a U-Net's nearest upsampling is folded into the
+    convolution after it (`UpsampledConv`), and 3x3 convolutions are done with fewer
+    multiplications (`deepdem.convolution`). The layout is the one in which convolutions are
+    fastest.
 
     Parameters
     ----------
@@ -217,18 +214,27 @@ class UpsampledConv(nn.Module):
         # and w2. A transposed kernel k adds k[1] and k[3] up for even rows, k[2] and k[0] for odd.
         taps = conv.weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
         weight = torch.einsum("ar,bs,oirs->ioab", taps, taps, conv.weight[:, :channels])
-        self.up = nn.ConvTranspose2d(channels, conv.out_channels, 4, 2, 1)
+        self.up: nn.Module = nn.ConvTranspose2d(channels, conv.out_channels, 4, 2, 1)
         self.up.weight = nn.Parameter(weight.contiguous())
         self.up.bias = conv.bias
-        self.skip: nn.Conv2d | None = None
+        self.skip: nn.Module | None = None
         if beside := conv.in_channels - channels:
             self.skip = nn.Conv2d(beside, conv.out_channels, 3, 1, 1, bias=False)
             self.skip.weight = nn.Parameter(conv.weight[:, channels:].contiguous())
 
+    @property
+    def last(self) -> nn.Module:
+        """What gives the result, of the upsampled map's convolution and the skip connection's."""
+        return self.up if self.skip is None else self.skip
+
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         """Return (n, channel, 2 y, 2 x) from (n, channel, y, x) and a skip of the output's size."""
         out: Tensor = self.up(x)
-        return out if skip is None or self.skip is None else out.add_(self.skip(skip))
+        if self.skip is None:
+            return out
+        if isinstance(self.skip, WinogradConv):
+            return cast(Tensor, self.skip(skip, out))
+        return out.add_(self.skip(skip))
 
 
 class _UpBlock(nn.Module):
@@ -289,95 +295,65 @@ def _is_plain(conv: nn.Module) -> bool:
     ) == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")  # fmt: skip
 
 
-# --- convolutions of many channels ---------------------------------------------------------------
+# --- convolutions with fewer multiplications ------------------------------------------------------
 
 
-def _toom_cook(points: tuple[float, ...], kernel: int) -> tuple[NDArray[np.float64], ...]:
-    """Return what input, kernel and products are multiplied by: B^T, G and A^T.
+class _BasicBlock(nn.Module):
+    """A ResNet's basic block, its sum a matter of the second convolution."""
 
-    Of Winograd's minimal filtering F(m, r), Y = A^T [(G g G^T) * (B^T d B)] A, from m + r - 2
-    points and infinity (Lavin & Gray, 2016, equation 9; Barabasz et al., 2020, section 2).
-    """
-    count = len(points) + 1
-
-    def powers(columns: int) -> NDArray[np.float64]:
-        finite = [[point**k for k in range(columns)] for point in points]
-        return np.array([*finite, [0.0] * (columns - 1) + [1.0]])
-
-    inputs = np.linalg.inv(powers(count)).T
-    largest = np.abs(inputs).max(axis=1, keepdims=True)
-    return inputs / largest, powers(kernel), powers(count - kernel + 1).T * largest.T
-
-
-# F(4, 3). Of all points 0, a, -a, b, -b these round least: 0.6e-6 of the result's standard
-# deviation, where 1 and 2, which are more usual, give 1.4e-6 and direct convolution 0.1e-6.
-_INPUTS, _KERNEL, _OUTPUTS = _toom_cook((0.0, 2**-0.5, -(2**-0.5), 2**0.5, -(2**0.5)), 3)
-
-
-class WinogradConv(nn.Module):
-    """A 3x3 convolution in tiles of 4x4 output pixels: 36 multiplications for 144.
-
-    Tiles of 6x6 inputs are transformed (a product with a 36x36 matrix), multiplied by the
-    transformed kernel (36 products of matrices of tiles by channels) and transformed back. What is
-    no multiple of 4 pixels wide is convolved directly.
-
-    Parameters
-    ----------
-    conv
-        3x3, stride 1, padded by one pixel of zeros.
-
-    Notes
-    -----
-    Winograd's minimal filtering as Lavin & Gray (2016, section 4) lay it out.
-    """
-
-    inputs: Tensor
-    outputs: Tensor
-
-    def __init__(self, conv: nn.Conv2d):
+    def __init__(self, block: nn.Module):
         super().__init__()
-        assert _is_plain(conv)
-        self.direct = conv
-        weight = conv.weight.detach().double()
-        kernel = torch.from_numpy(_KERNEL)
-        there = torch.einsum("ai,bj,ocij->abco", kernel, kernel, weight).flatten(0, 1)
-        self.weight = nn.Parameter(there.float().contiguous())
-        for name, matrix in (("inputs", _INPUTS), ("outputs", _OUTPUTS)):
-            square = torch.from_numpy(np.kron(matrix, matrix)).float()
-            self.register_buffer(name, square, persistent=False)
+        self.first = nn.Sequential(*(block.get_submodule(n) for n in ("conv1", "bn1", "relu")))
+        self.second = cast(WinogradConv, block.get_submodule("conv2"))
+        self.second.relu = True
+        self.beside = cast(nn.Module | None, block.downsample) or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (n, channel, y, x), float32, from as many pixels; channels last in memory."""
-        n, channels, height, width = x.shape
-        if height % 4 or width % 4:
-            out: Tensor = self.direct(x)
-            return out
-        down, across = height // 4, width // 4
-        padded = functional.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
-        image, row, column, _ = padded.stride()
-        tiles = padded.as_strided(
-            (6, 6, n, down, across, channels), (row, column, image, 4 * row, 4 * column, 1)
-        )
-        made = x.new_empty(n, height, width, self.direct.out_channels)
-        places = made.view(n, down, 4, across, 4, -1).permute(2, 4, 0, 1, 3, 5)
-        rows = max(1, _TILES // across)
-        images = max(1, _TILES // (across * down))
-        for i in range(0, n, images):
-            for y in range(0, down, rows):
-                part = tiles[:, :, i : i + images, y : y + rows]
-                place = places[:, :, i : i + images, y : y + rows]
-                seen = self.inputs @ part.reshape(36, -1)
-                product = torch.bmm(seen.view(36, -1, channels), self.weight)
-                result = (self.outputs @ product.view(36, -1)).view(place.shape)
-                if self.direct.bias is None:
-                    place.copy_(result)
-                else:
-                    torch.add(result, self.direct.bias, out=place)
-        return made.permute(0, 3, 1, 2)
+        out: Tensor = self.second(self.first(x), self.beside(x))
+        return out
 
 
 def _winograd(network: nn.Module, probe: Tensor) -> None:
-    """Do convolutions of many channels with fewer multiplications."""
-    for name, conv in list(network.named_modules()):
-        if _is_plain(conv) and min(conv.in_channels, conv.out_channels) >= _WINOGRAD_CHANNELS:
-            network.set_submodule(name, WinogradConv(conv))
+    """Do 3x3 convolutions with fewer multiplications, and what comes after each along with it."""
+    from torchvision.models.resnet import BasicBlock
+
+    for name, module in list(network.named_modules()):
+        if (kind := _faster(module)) is not None:
+            network.set_submodule(name, kind(cast(nn.Conv2d, module)))
+    for name, module in list(network.named_modules()):
+        if (
+            type(module) is BasicBlock
+            and isinstance(module.conv2, WinogradConv)
+            and isinstance(module.bn2, nn.Identity)
+        ):
+            network.set_submodule(name, _BasicBlock(module))
+    for module in network.modules():
+        if isinstance(module, _UpBlock):
+            _take_relu(module.rest, module.conv1.last)
+        elif isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+            _take_relu(module)
+
+
+def _faster(module: nn.Module) -> type[WinogradConv] | type[NarrowConv] | None:
+    """Return the kind of module that does the same convolution faster."""
+    if not isinstance(module, nn.Conv2d | nn.ConvTranspose2d) or module.in_channels % LANES:
+        return None
+    if _is_plain(module) and module.out_channels <= _NARROW:
+        return NarrowConv
+    doubles = (
+        type(module) is nn.ConvTranspose2d
+        and (module.kernel_size, module.stride, module.padding) == ((4, 4), (2, 2), (1, 1))
+        and (module.output_padding, module.dilation, module.groups) == ((0, 0), (1, 1), 1)
+        and module.in_channels <= _MOST_UPSAMPLED
+    )
+    fits = module.out_channels % LANES == 0
+    return WinogradConv if fits and (doubles or _is_plain(module)) else None
+
+
+def _take_relu(rest: nn.Sequential, before: nn.Module | None = None) -> None:
+    """Leave ReLUs after convolutions to these."""
+    for k, module in enumerate(rest):
+        if type(module) is nn.ReLU and isinstance(before, WinogradConv):
+            before.relu, rest[k] = True, nn.Identity()
+        elif not isinstance(module, nn.Identity):
+            before = module

@@ -66,6 +66,7 @@ ROOMS = (
     "sampling",
     "batches",
     "models",
+    "convolution",
     "inference",
     "modelfile",
     "_worker",

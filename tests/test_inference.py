@@ -7,11 +7,10 @@ import threading
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from test_models import _batch, _spec
 
-from deepdem.inference import UpsampledConv, WinogradConv, exact_float32, for_inference
+from deepdem.convolution import NarrowConv, WinogradConv
+from deepdem.inference import UpsampledConv, exact_float32, for_inference
 from deepdem.models import ResidualNet
 from deepdem.predict import Prediction, predict
 
@@ -78,38 +77,6 @@ def _conv(inputs, outputs, *, bias=True):
 
 
 @torch.inference_mode()
-@given(
-    n=st.integers(1, 5), down=st.integers(1, 9), across=st.integers(1, 40),
-    channels=st.integers(1, 5), bias=st.booleans(), last=st.booleans(),
-)  # fmt: skip
-@settings(max_examples=40, deadline=None)
-def test_winograd_is_the_convolution(n, down, across, channels, bias, last):
-    conv = _conv(channels, 3, bias=bias)
-    x = _draw(1, n, channels, 4 * down, 4 * across)
-    if last:
-        x = x.to(memory_format=torch.channels_last)
-    exact = torch.nn.functional.conv2d(
-        x.double(), conv.weight.double(), conv.bias.double() if bias else None, padding=1
-    )
-    found = WinogradConv(conv)(x)
-    assert found.is_contiguous(memory_format=torch.channels_last)
-    assert float((found - exact).abs().max()) < 2e-5 * float(exact.std())
-
-
-@torch.inference_mode()
-def test_winograd_rounds_little_and_leaves_odd_widths_to_the_convolution():
-    conv = _conv(128, 128)
-    x = _draw(2, 2, 128, 16, 16)
-    exact = torch.nn.functional.conv2d(
-        x.double(), conv.weight.double(), conv.bias.double(), padding=1
-    )
-    rms = (WinogradConv(conv)(x) - exact).square().mean().sqrt() / exact.std()
-    assert rms < 2e-6  # direct convolution: 0.2e-6
-    odd = x[:, :, :15, :14]
-    assert torch.equal(WinogradConv(conv)(odd), conv(odd))
-
-
-@torch.inference_mode()
 @pytest.mark.parametrize("skip", [0, 3])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 8)])
 def test_upsampling_and_convolution_are_one(skip, shape):
@@ -131,8 +98,12 @@ def test_what_is_rewritten_and_where():
 
     fast = made()
     assert count(fast, UpsampledConv) == 5
-    # Of 128 channels and more: 3 + 3 + 3 in the encoder, in the decoder 2 + 2.
-    assert count(fast, WinogradConv) == 13
+    # 4 + 3 + 3 + 3 in the encoder; in the decoder 5 after 5, 4 of skip connections, and what is
+    # upsampled of no more than 64 channels.
+    assert count(fast, WinogradConv) == 13 + 5 + 4 + 2
+    assert count(fast, NarrowConv) == 1
+    # Those after the first convolution, which strides, and the first ones of three stages.
+    assert sum(type(module) is torch.nn.ReLU for module in fast.modules()) == 4
     rough = made(bf16=True)
     assert count(rough, UpsampledConv) == count(rough, WinogradConv) == 0
     attentive = for_inference(
