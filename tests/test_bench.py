@@ -14,7 +14,7 @@ SCRIPTS = sorted(p.name for p in BENCH.glob("*.py") if p.name != "common.py")
 
 
 # Those that take seconds; the others train networks or start clusters for minutes.
-QUICK = {"coregistration.py", "graph.py", "seams.py", "zarr_size.py"}
+QUICK = {"coregistration.py", "cuda_speed.py", "graph.py", "seams.py", "zarr_size.py"}
 
 
 @pytest.mark.slow
