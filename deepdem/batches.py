@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, TypeAlias
@@ -182,12 +183,28 @@ class _Numbers(DistributedSampler[Batch]):
         return iter([(self.epoch, number) for number in mine])
 
 
+def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Give batches; while one is trained with, another thread makes the next one.
+
+    Most of the making is copying, during which NumPy lets other threads run.
+    """
+    here = torch.cuda.current_device()  # where memory is pinned goes by the thread
+    with ThreadPoolExecutor(1, "deepdem-chips", torch.cuda.set_device, (here,)) as executor:
+        coming = executor.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = executor.submit(next, batches, None)
+            yield batch
+
+
 class TrainLoader(DataLoader[Batch]):
     """A DataLoader over training batches, which can be resumed in the middle of an epoch."""
 
     def __iter__(self) -> Any:
         self._seen = self.sampler.begin if isinstance(self.sampler, _Numbers) else 0
-        return self._counted(super().__iter__())
+        batches = super().__iter__()
+        if self.pin_memory and not self.num_workers:
+            batches = _ahead(batches)
+        return self._counted(batches)
 
     def _counted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         for batch in batches:
@@ -214,15 +231,20 @@ def train_loader(
     batch: int = 0,
     world: int = 1,
     rank: int = 0,
+    pin: bool = False,
 ) -> TrainLoader:
     """Return a loader of training batches that has `workers` processes of its own; 0: none.
 
     It begins at a batch of an epoch. Of `world` training processes this one is number `rank`.
+    With `pin`, batches come in pinned memory, from which a CUDA card takes them while it works,
+    and are made ahead of their time: it would wait for each otherwise.
     """
     sampler = _Numbers(batches, world=world, rank=rank)
     sampler.set_epoch(epoch)
     sampler.begin = batch
-    return TrainLoader(batches, batch_size=None, sampler=sampler, **_processes(workers))
+    return TrainLoader(
+        batches, batch_size=None, sampler=sampler, pin_memory=pin, **_processes(workers)
+    )
 
 
 def fixed_loader(batches: FixedBatches, *, workers: int) -> DataLoader[Batch]:

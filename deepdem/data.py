@@ -300,6 +300,12 @@ class ChipDataModule(pl.LightningDataModule):
             return 1, 0
         return self.trainer.world_size, self.trainer.global_rank
 
+    @property
+    def _pins(self) -> bool:
+        """Whether training is on a CUDA card."""
+        strategy = getattr(self.trainer, "strategy", None)
+        return getattr(getattr(strategy, "root_device", None), "type", "cpu") == "cuda"
+
     # --- the loaders -----------------------------------------------------------------------------
 
     def _places(self) -> int:
@@ -335,7 +341,7 @@ class ChipDataModule(pl.LightningDataModule):
             )
         begin = self._resumed or {"epoch": self.trainer.current_epoch if self.trainer else 0}
         self._loader = train_loader(
-            batches, workers=self._workers(train), world=world, rank=rank, **begin
+            batches, workers=self._workers(train), world=world, rank=rank, pin=self._pins, **begin
         )
         self._resumed = {}
         return self._loader

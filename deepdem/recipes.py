@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as Norm
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 __all__ = [
     "LOSSES",
@@ -198,16 +199,16 @@ def warm_cosine(progress: float, warm: float = 0.05) -> float:
     return 0.5 * (1 + math.cos(math.pi * (progress - warm) / (1 - warm)))
 
 
-def averaged(decay: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def averaged(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:
     """Return the step of an exponential moving average that forgets its beginning.
 
     The decay grows as (1 + n) / (10 + n) to the one asked for, so that a short training is
-    not averaged with the random weights that it began with.
+    not averaged with the random weights that it began with. The averages are changed in place.
     """
 
-    def step(average: Tensor, now: Tensor, count: Tensor) -> Tensor:
+    def step(averages: list[Tensor], now: list[Tensor], count: Tensor) -> None:
         n = float(count)
-        return average + (now - average) * (1 - min(decay, (1 + n) / (10 + n)))
+        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averages, now, count)
 
     return step
 

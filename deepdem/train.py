@@ -296,7 +296,10 @@ class DeepDEM(pl.LightningModule):
         """Return the moving average of the weights, if the recipe wants one."""
         if not self.recipe.ema:
             return []
-        return [WeightAveraging(avg_fn=averaged(self.recipe.ema))]
+        # When Lightning makes it, the model has not gone to its device yet: the average would be
+        # kept on the CPU, and all weights fetched from a card after each step.
+        device = self.trainer.strategy.root_device
+        return [WeightAveraging(device, multi_avg_fn=averaged(self.recipe.ema))]
 
     def configure_optimizers(self) -> Any:
         """Return the recipe's optimizer and schedule."""

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -129,3 +131,33 @@ def test_fixed_batches_hold_every_chip_once(scene):
     for chip, target in zip(batches.chips, targets, strict=True):
         there = scene.lidar_dsm.values[chip.box.within(Box(0, 0, 0, 0))]
         np.testing.assert_array_equal(target, there)
+
+
+@pytest.mark.filterwarnings("ignore:.*no accelerator is found")
+def test_a_card_is_given_the_same_batches_made_ahead_by_another_thread(scene, monkeypatch):
+    """Pinned where there is a card; here torch only says that there is none."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    makers = []
+    make = TrainBatches.__getitem__
+
+    def watched(self, index):
+        makers.append(threading.current_thread())
+        if index == (1, 3):
+            raise ValueError("a chip that cannot be read")
+        return make(self, index)
+
+    monkeypatch.setattr(TrainBatches, "__getitem__", watched)
+    batches = TrainBatches([_region(scene)], PLAN, batch_size=4, chips=24)
+    loaders = [train_loader(batches, workers=0, pin=pin) for pin in (False, True)]
+    plain, ahead = (_all(loader) for loader in loaders)
+    assert len(plain) == 6
+    _same(plain, ahead)
+    assert threading.main_thread() not in makers[6:]
+    begun = iter(loaders[1])
+    next(begun)
+    assert len(makers) <= 14  # what was asked for, and the next
+    assert loaders[1].state_dict()["batch"] == 1
+    loaders[1].sampler.set_epoch(1)
+    with pytest.raises(ValueError, match="cannot be read"):
+        _all(loaders[1])

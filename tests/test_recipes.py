@@ -103,13 +103,13 @@ def test_a_flat_schedule_is_level_between_its_ends():
 
 
 def test_the_average_forgets_its_beginning():
-    step, average = averaged(0.99), torch.tensor(1000.0)
+    step, average = averaged(0.99), torch.tensor([1000.0])
     for n in range(60):
-        average = step(average, torch.tensor(1.0), torch.tensor(n))
+        step([average], [torch.tensor([1.0])], torch.tensor(n))
     assert float(average) == pytest.approx(1, abs=0.05)
-    assert float(step(torch.tensor(0.0), torch.tensor(1.0), torch.tensor(10**6))) == pytest.approx(
-        0.01
-    )
+    average.zero_()
+    step([average], [torch.tensor([1.0])], torch.tensor(10**6))
+    assert float(average) == pytest.approx(0.01)
 
 
 def test_settled_statistics_are_means_over_what_is_shown():
