@@ -33,10 +33,9 @@ def for_inference(net: ResidualNet, *, bf16: bool = False, compiled: bool = Fals
     """Return a copy of the network that gives the same residuals faster and cannot be trained.
 
     Batch normalisation is folded into the convolution before it, which saves a pass over the
-    activations. On the CPU and in float32, a U-Net's nearest upsampling is folded into the
-    convolution after it (`UpsampledConv`), and 3x3 convolutions are done with fewer
-    multiplications (`deepdem.convolution`). The layout is the one in which convolutions are
-    fastest.
+    activations. In float32, a U-Net's nearest upsampling is folded into the convolution after it
+    (`UpsampledConv`), and on the CPU 3x3 convolutions are done with fewer multiplications
+    (`deepdem.convolution`). The layout is the one in which convolutions are fastest.
 
     Parameters
     ----------
@@ -52,9 +51,9 @@ def for_inference(net: ResidualNet, *, bf16: bool = False, compiled: bool = Fals
         0.94 of the time of what is not.
     """
     device = next(net.parameters()).device
-    rewrites = [_fold]
-    if device.type == "cpu" and not bf16:
-        rewrites += [_merge_upsampling, *([] if compiled else [_winograd])]
+    rewrites = [_fold, *([] if bf16 else [_merge_upsampling])]
+    if device.type == "cpu" and not bf16 and not compiled:
+        rewrites.append(_winograd)
     network = _rewritten(net.network, rewrites, _probe(net.spec).to(device))
     fast = ResidualNet(net.spec, network.to(memory_format=torch.channels_last))
     linear = (nn.modules.conv._ConvNd, nn.Linear)

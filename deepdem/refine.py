@@ -113,7 +113,7 @@ def refine(
         gives positive weights along one axis. Weights are normalised by their sum at each pixel.
     batch_size
         Windows in one forward pass; ``"auto"``: of 256 pixels 4 on a CPU, where passes run side
-        by side, and 32 on a card.
+        by side, and on a CUDA card one for each GiB that it has, up to 64.
     device
         ``"auto"`` (CUDA, else MPS, else CPU), or a torch device.
     precision
