@@ -201,7 +201,7 @@ class TrainLoader(DataLoader[Batch]):
 
     def __iter__(self) -> Any:
         self._seen = self.sampler.begin if isinstance(self.sampler, _Numbers) else 0
-        batches = super().__iter__()
+        batches: Iterator[Batch] = super().__iter__()
         if self.pin_memory and not self.num_workers:
             batches = _ahead(batches)
         return self._counted(batches)

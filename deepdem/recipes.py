@@ -208,7 +208,8 @@ def averaged(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], Non
 
     def step(averages: list[Tensor], now: list[Tensor], count: Tensor) -> None:
         n = float(count)
-        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averages, now, count)
+        update = get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))  # type: ignore[no-untyped-call]  # torch's
+        update(averages, now, count)
 
     return step
 
