@@ -19,6 +19,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, product
+from operator import getitem
 from typing import Any, TypeAlias
 
 import dask.array as da
@@ -41,11 +42,14 @@ __all__ = [
     "Box",
     "Chunks",
     "Kernel",
+    "Unread",
     "chunks_of",
+    "made_with",
     "map_regions",
     "read_again",
     "settle",
     "stored_source",
+    "unzipped",
 ]
 
 #: How the key of a task begins that many chunks wait for, and that itself waits for many.
@@ -93,8 +97,8 @@ class Box:
 
 
 #: A kernel: (arrays of the region, one for each input; the output box; the region) and the
-#: keywords that are the same for every chunk. Gives the output block.
-Kernel: TypeAlias = Callable[..., NDArray[Any]]
+#: keywords that are the same for every chunk. Gives the output block, or what `unzipped` takes.
+Kernel: TypeAlias = Callable[..., NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]]
 
 
 def chunks_of(shape: tuple[int, int], size: int | tuple[int, int]) -> Chunks:
@@ -201,6 +205,29 @@ def _keywords(names: tuple[str, ...], *values: Any) -> dict[str, Any]:
     return dict(zip(names, values, strict=True))
 
 
+@dataclass(frozen=True)
+class Unread:
+    """A region of a stored raster that is read when it is sliced, as often as it is."""
+
+    stored: Any
+    region: Box
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The region's height and width in pixels."""
+        return self.region.shape
+
+    def __getitem__(self, place: tuple[slice, slice]) -> NDArray[Any]:
+        """Return these rows and columns of the region: slices of pixels that it has."""
+        ends = (self.region.y0, self.region.y1), (self.region.x0, self.region.x1)
+        there = tuple(
+            slice(lo + (part.start or 0), hi if part.stop is None else lo + part.stop)
+            for part, (lo, hi) in zip(place, ends, strict=True)
+        )
+        pixels: NDArray[Any] = np.asarray(getter(self.stored, there))
+        return pixels
+
+
 def _assemble(
     kernel: Kernel,
     pieces: list[list[Any]],
@@ -209,12 +236,13 @@ def _assemble(
     region: Box,
     out: Box,
     common: Mapping[str, Any],
-) -> NDArray[Any]:
-    arrays = []
+    sliced: bool = False,
+) -> Any:
+    arrays: list[Any] = []
     for parts, slots in zip(pieces, places, strict=True):
         if slots is None:
-            there = slice(region.y0, region.y1), slice(region.x0, region.x1)
-            arrays.append(getter(parts[0], there))
+            unread = Unread(parts[0], region)
+            arrays.append(unread if sliced else unread[:, :])
             continue
         blocks = [part[where] if isinstance(part, dict) else part for part in parts]
         if len(blocks) == 1 and blocks[0].shape == region.shape:
@@ -395,6 +423,7 @@ def map_regions(
     common: Mapping[str, Any] | None = None,
     planes: int | None = None,
     direct: bool = False,
+    sliced: bool = False,
     reread: bool = False,
 ) -> da.Array:
     """Return a lazy array each of whose chunks is a kernel of a region of the inputs.
@@ -425,6 +454,8 @@ def map_regions(
         Whether the kernel's task itself reads its region of an input that is stored. For kernels
         that end a graph or cost much: tasks that need no other are begun early, and what
         a cheap one makes would wait for its consumer.
+    sliced
+        Whether the kernel is given such inputs as `Unread`, to slice them when it is due.
     reread
         Whether slivers are cut from inputs that are read, or computed, once more for that. Then
         a block is in memory only while its own output chunk is computed, whatever the width of
@@ -469,7 +500,7 @@ def map_regions(
         key: tuple[str | int, ...] = (name, *where) if planes is None else (name, 0, *where)
         graph[key] = Task(
             key, _assemble, kernel, parts, places, where, needed[where], box,
-            TaskRef(f"{name}-common"),
+            TaskRef(f"{name}-common"), sliced,
         )  # fmt: skip
     inputs: list[Any] = []
     for source in sources:
@@ -478,3 +509,42 @@ def map_regions(
     layers = HighLevelGraph.from_collections(name, graph, dependencies=inputs)
     out_chunks = chunks if planes is None else ((planes,), *chunks)
     return da.Array(layers, name, chunks=out_chunks, dtype=np.dtype(dtype))
+
+
+def unzipped(both: da.Array, *, planes: int, dtypes: tuple[DTypeLike, DTypeLike]) -> list[da.Array]:
+    """Return two lazy arrays of one whose kernel gives two things of each block.
+
+    Parameters
+    ----------
+    both
+        As `map_regions` gives it; the kernel gives ``(block, number)``: ``(planes, *out.shape)``
+        and ``(1, 1)``.
+    planes
+        The length of the first one's leading dimension.
+    dtypes
+        Of both.
+
+    Returns
+    -------
+    list of dask.array.Array
+        (plane, y, x); (row of blocks, column of blocks). Computed together they cost no more than
+        the first: see `made_with`.
+    """
+    ones = tuple((1,) * n for n in both.numblocks)
+    parts = []
+    for n, (chunks, lead) in enumerate(((((planes,), *both.chunks), (0,)), (ones, ()))):
+        name = f"{both.name}-{n}"
+        graph: dict[Any, Any] = {}
+        for where in product(*map(range, both.numblocks)):
+            key: tuple[str | int, ...] = (name, *lead, *where)
+            graph[key] = Task(key, getitem, TaskRef((both.name, *where)), n)
+        inputs: list[Any] = [both]
+        layers = HighLevelGraph.from_collections(name, graph, dependencies=inputs)
+        parts.append(da.Array(layers, name, chunks=chunks, dtype=np.dtype(dtypes[n])))
+    return parts
+
+
+def made_with(one: da.Array, other: da.Array) -> bool:
+    """Return whether `one`, of `unzipped`, comes of work that `other` needs done in any case."""
+    (both,) = one.dask.dependencies[one.name]
+    return both in other.dask.layers

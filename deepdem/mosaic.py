@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -32,8 +32,32 @@ __all__ = ["Batch", "Job", "Predictor", "Windows", "auto_batch", "refine_block"]
 # Raised for windows, which have no place on the ground when their voids are filled.
 warnings.filterwarnings("ignore", category=NotGeoreferencedWarning, module="rasterio.fill")
 
-#: Rows and columns of a window in a region.
+# Rows of a result that are finished at once on a CPU, so that they stay in its cache.
+_FINISHED_ROWS = 16
+
+#: Rows and columns of something in an array.
 Place: TypeAlias = tuple[slice, slice]
+
+
+class Array(Protocol):
+    """What gives NumPy arrays when it is sliced: one itself, or what reads them only then."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
+    def __getitem__(self, place: Place, /) -> NDArray[Any]:
+        """Return some rows and columns of it."""
+
+
+@dataclass(frozen=True)
+class _Band:
+    """Rows of a region, from `top` on, of which windows are cut; see `Batch`."""
+
+    top: int
+    heights: dict[str, Tensor]
+    level: Tensor | None
+    ready: Sequence[Tensor]
 
 
 @dataclass(frozen=True)
@@ -42,23 +66,13 @@ class Batch:
 
     Attributes
     ----------
-    heights
-        The height layers of the region, metres, NaN for no data: (y, x) each,
-        by name.
-    level
-        The local level of the region, if heights are relative to it.
-    ready
-        What the predictor made of the region, (y, x, n) each.
     places
-        Where the windows are in the region.
+        The rows of the region that each window is in, and its place in them.
     filled
         (n, y, x), the initial DSM of each window with its voids filled; None: as it is.
     """
 
-    heights: dict[str, Tensor]
-    level: Tensor | None
-    ready: Sequence[Tensor]
-    places: Sequence[Place]
+    places: Sequence[tuple[_Band, Place]]
     filled: Tensor | None = None
 
     def __len__(self) -> int:
@@ -67,18 +81,22 @@ class Batch:
 
     def part(self, lo: int, hi: int) -> Batch:
         """Return windows [lo, hi)."""
-        filled = None if self.filled is None else self.filled[lo:hi]
-        return Batch(self.heights, self.level, self.ready, self.places[lo:hi], filled)
+        return Batch(self.places[lo:hi], None if self.filled is None else self.filled[lo:hi])
 
-    def cut(self, region: Tensor) -> Tensor:
-        """Return the windows of something of the region's shape, (n, y, x, ...)."""
-        return torch.stack([region[place] for place in self.places])
+    def ready(self, index: int) -> Tensor:
+        """Return of what the predictor made ready the thing of this index, (n, y, x, depth)."""
+        return torch.stack([band.ready[index][place] for band, place in self.places])
 
     def height(self, name: str) -> Tensor:
-        """Return a height layer, (n, y, x)."""
+        """Return a height layer, metres, NaN for no data, (n, y, x)."""
         if name == "dsm" and self.filled is not None:
             return self.filled
-        return self.cut(self.heights[name])
+        return torch.stack([band.heights[name][place] for band, place in self.places])
+
+    def level(self) -> Tensor | None:
+        """Return the local level, metres, (n, y, x), if heights are relative to it."""
+        levels = [band.level[place] for band, place in self.places if band.level is not None]
+        return torch.stack(levels) if levels else None
 
 
 class Predictor(Protocol):
@@ -194,6 +212,8 @@ class Job:
         Whether voids of the initial DSM are filled.
     uncertainty
         Whether a plane of standard deviations is made.
+    rows_px
+        Rows that are read at once, beginning at a multiple of them, where it is not all.
     """
 
     windows: Windows
@@ -202,12 +222,18 @@ class Job:
     batch_size: int | None = None
     fill_voids: bool = False
     uncertainty: bool = False
+    rows_px: int = 512
 
     @property
     def planes(self) -> tuple[str, ...]:
         """The names of what is made, in order."""
         extra = (("refined_std", self.uncertainty), ("filled", self.fill_voids))
         return ("refined", *(name for name, wanted in extra if wanted))
+
+    @property
+    def heights(self) -> tuple[str, ...]:
+        """The layers that are heights."""
+        return tuple(name for name in self.layers if describe(name).is_height)
 
     @property
     def dsm(self) -> int:
@@ -243,13 +269,14 @@ class Job:
 
 @torch.inference_mode()
 def refine_block(
-    arrays: Sequence[NDArray[Any]],
+    arrays: Sequence[Array],
     predictor: Predictor,
     job: Job,
     *,
     out: Box,
     region: Box,
     device: str = "cpu",
+    note: Callable[[Sequence[NDArray[Any]]], None] | None = None,
 ) -> NDArray[np.float32]:
     """Return the planes of one output box.
 
@@ -257,7 +284,8 @@ def refine_block(
     ----------
     arrays
         One a layer of the job, and the mask if it has one; each of the region's shape, raw
-        units, NaN for no data. They are not changed.
+        units, NaN for no data. They are not changed, and on a CPU are sliced only when the rows
+        are due: what comes of it is read while other windows are computed.
     predictor
         Gives the residuals of batches of windows, and their variances, in order.
     job
@@ -266,6 +294,8 @@ def refine_block(
         Pixels of the scene: what is made, and what the arrays cover.
     device
         Where it is made: the layers go there once, and the finished planes come back.
+    note
+        Is told of the arrays' pixels in the output box, some rows at a time, in order.
 
     Returns
     -------
@@ -277,17 +307,21 @@ def refine_block(
     """
     windows, level = job.windows, None
     seen = windows.region(out)
-    if windows.level_px is not None:
-        level = local_level([arrays[job.dsm]], out=seen, region=region, chip_px=windows.level_px)
-    arrays = [array[seen.within(region)] for array in arrays]
+    held: list[Array] = list(arrays)
+    if windows.level_px is not None or job.fill_voids:
+        dsm = held[job.dsm] = held[job.dsm][:, :]
+        if windows.level_px is not None:
+            level = local_level([dsm], out=seen, region=region, chip_px=windows.level_px)
+    if device != "cpu":
+        # Nothing is read while others wait for their turn.
+        held = [array[:, :] for array in held]
     with turn_on(device):
-        ground = _Ground(arrays, level, predictor, job, out, seen, device)
-        sums = _Sums(job, ground, out, device)
+        ground = _Ground(held, level, predictor, job, out, region, device, note)
+        sums = _Sums(job, ground, device)
         under_way: deque[tuple[list[Part], Tensor | None]] = deque()
 
         def batches() -> Iterator[Batch]:
-            for group in _groups(ground, job, out):
-                batch = ground.batch([part for _, part in group])
+            for group, batch in _groups(ground, job, out):
                 under_way.append((group, batch.filled))
                 yield batch
 
@@ -297,77 +331,91 @@ def refine_block(
 
 
 class _Ground:
-    """The layers that the windows of an output box see, read row by row, as far as needed."""
+    """The layers that the windows of an output box see, read in bands of rows, as far as needed."""
 
     def __init__(
         self,
-        arrays: Sequence[NDArray[Any]],
+        arrays: Sequence[Array],
         level: NDArray[np.float32] | None,
         predictor: Predictor,
         job: Job,
         out: Box,
-        seen: Box,
+        region: Box,
         device: str,
+        note: Callable[[Sequence[NDArray[Any]]], None] | None,
     ):
         self.arrays, self.predictor, self.job, self.device = arrays, predictor, job, device
-        self.out, self.seen, self.framed = out, seen, job.windows.framed(out)
-        self.known = None if level is None else level[out.within(seen)]
+        self.out, self.region, self.note = out, region, note
+        self.seen, self.framed = job.windows.region(out), job.windows.framed(out)
+        self.known = None if level is None else level[out.within(self.seen)]
         self.wanted = np.zeros(out.shape, dtype=np.bool_)
-        self.heights = {
-            name: torch.empty(self.framed.shape, device=device)
-            for name in job.layers
-            if describe(name).is_height
-        }
-        self.ready = [torch.empty((*self.framed.shape, n), device=device) for n in predictor.depths]
+        self.dsm = torch.empty(out.shape, device=device)
+        # Pixel i of the frame is pixel mirror[i] of what is there.
+        self.mirror = [
+            np.pad(np.arange(n), (0, m - n), mode="reflect")
+            for n, m in zip(self.seen.shape, self.framed.shape, strict=True)
+        ]
         self.level = None
         if level is not None:
-            self.level = torch.empty(self.framed.shape, device=device)
-            self.level[: seen.shape[0], : seen.shape[1]] = torch.from_numpy(level)
-        # Pixel i of the frame is pixel mirror[i] of what is there.
-        self.mirror = [np.pad(np.arange(n), (0, m - n), mode="reflect")
-                       for n, m in zip(seen.shape, self.framed.shape, strict=True)]  # fmt: skip
-        self._mirror_columns(self.level, 0, seen.shape[0])
-        self._mirror_rows(self.level)
+            self.level = torch.from_numpy(level[np.ix_(*self.mirror)]).to(device)
+        self.band = _Band(0, {}, None, ())
         self.read_px = 0
 
-    def read(self, until: int) -> None:
-        """Read the rows of the scene up to row `until`, those that were not read yet."""
-        first, last = self.read_px, min(until, self.seen.y1) - self.seen.y0
-        if last <= first:
+    def read(self, first: int, until: int) -> None:
+        """Have rows [first, until) of the scene in the band, as far as the scene goes."""
+        if min(until, self.seen.y1) - self.seen.y0 <= self.read_px:
             return
-        rows = [array[first:last] for array in self.arrays]
+        rows = self.job.rows_px
+        last = min(-(-until // rows) * rows, self.seen.y1) - self.seen.y0
+        bottom = last if last < self.seen.shape[0] else self.framed.shape[0]
+        top = 0
+        if self.read_px:  # what the windows begin with, and what is mirrored, is there already
+            top = min(first - self.framed.y0, *self.mirror[0][last:bottom].tolist(), last)
+        before, kept = self.band, self.read_px - top
+        new = self._read(self.read_px, last)
+
+        def canvas(old: Tensor | None, *depth: int) -> Tensor:
+            made = torch.empty((bottom - top, self.framed.shape[1], *depth), device=self.device)
+            if old is not None and kept:
+                made[:kept] = old[top - before.top :]
+            return made
+
+        heights = {n: canvas(before.heights.get(n)) for n in self.job.heights}
+        depths = self.predictor.depths
+        old: Sequence[Tensor | None] = before.ready or [None] * len(depths)
+        ready = [canvas(o, d) for o, d in zip(old, depths, strict=True)]
+        width, there = self.seen.shape[1], slice(kept, last - top)
+        for name, layer in zip(self.job.layers, new, strict=False):
+            if name in heights:
+                heights[name][there, :width] = layer
+        self.predictor.prepare(new, [made[there, :width] for made in ready])
+        for made in (*heights.values(), *ready):
+            if self.framed.shape[1] > width:
+                made[there, width:] = made[there, self.mirror[1][width:]]
+            if bottom > last:
+                made[last - top :] = made[self.mirror[0][last:] - top]
+        level = None if self.level is None else self.level[top:bottom]
+        self.band, self.read_px = _Band(top, heights, level, ready), last
+
+    def _read(self, first: int, last: int) -> list[Tensor]:
+        """Return rows of the layers; note where they are usable, and the initial DSM."""
         there = Box(self.seen.y0 + first, self.seen.y0 + last, self.seen.x0, self.seen.x1)
+        rows = [array[there.within(self.region)] for array in self.arrays]
+        layers = [_tensor(part) for part in rows[: len(self.job.layers)]]
+        if self.device.startswith("cuda"):
+            # What is not pinned is copied only once all that was asked of the card is done.
+            layers = [layer.pin_memory() for layer in layers]
+        layers = [layer.to(self.device, non_blocking=True) for layer in layers]
         inside = there.intersect(self.out)
         if not inside.empty:
-            place = inside.within(self.out)
-            wanted = self.job.usable([part[inside.within(there)] for part in rows])
+            place, own = inside.within(self.out), [part[inside.within(there)] for part in rows]
+            self.wanted[place] = self.job.usable(own)
             if self.known is not None:
-                wanted &= np.isfinite(self.known[place])
-            self.wanted[place] = wanted
-        layers = [_tensor(part).to(self.device, non_blocking=True)
-                  for part in rows[: len(self.job.layers)]]  # fmt: skip
-        width = self.seen.shape[1]
-        for name, layer in zip(self.job.layers, layers, strict=True):
-            if name in self.heights:
-                self.heights[name][first:last, :width] = layer
-        self.predictor.prepare(layers, [ready[first:last, :width] for ready in self.ready])
-        canvases = [*self.heights.values(), *self.ready]
-        for canvas in canvases:
-            self._mirror_columns(canvas, first, last)
-        if last == self.seen.shape[0]:
-            for canvas in canvases:
-                self._mirror_rows(canvas)
-        self.read_px = last
-
-    def _mirror_columns(self, canvas: Tensor | None, first: int, last: int) -> None:
-        width = self.seen.shape[1]
-        if canvas is not None and self.framed.shape[1] > width:
-            canvas[first:last, width:] = canvas[first:last, self.mirror[1][width:]]
-
-    def _mirror_rows(self, canvas: Tensor | None) -> None:
-        height = self.seen.shape[0]
-        if canvas is not None and self.framed.shape[0] > height:
-            canvas[height:] = canvas[self.mirror[0][height:]]
+                self.wanted[place] &= np.isfinite(self.known[place])
+            self.dsm[place] = layers[self.job.dsm][inside.within(there)]
+            if self.note is not None:
+                self.note(own)
+        return layers
 
     def worth(self, window: Box) -> bool:
         """Return whether a window has a wanted pixel in the output box, and any height at all."""
@@ -375,36 +423,36 @@ class _Ground:
             return False
         if not self.job.fill_voids:
             return True  # a pixel that is wanted has one
-        dsm = self.arrays[self.job.dsm][window.intersect(self.seen).within(self.seen)]
+        dsm = self.arrays[self.job.dsm][window.intersect(self.seen).within(self.region)]
         return bool(np.isfinite(dsm).any())
 
-    def batch(self, parts: Sequence[Box]) -> Batch:
+    def place(self, part: Box) -> tuple[_Band, Place]:
+        """Return where this part of a window is."""
+        frame = self.framed
+        band = Box(frame.y0 + self.band.top, frame.y1, frame.x0, frame.x1)
+        return self.band, part.within(band)
+
+    def batch(self, places: Sequence[tuple[_Band, Place]]) -> Batch:
         """Return these windows, the voids of their initial DSM filled if they are to be."""
-        places = [part.within(self.framed) for part in parts]
-        batch = Batch(self.heights, self.level, self.ready, places)
+        batch = Batch(places)
         if not self.job.fill_voids:
             return batch
-        levels = None if self.level is None else batch.cut(self.level).cpu().numpy()
-        filled = _fill(batch.height("dsm").cpu().numpy(), levels)
-        return Batch(
-            self.heights, self.level, self.ready, places,
-            torch.from_numpy(filled).to(self.device),
-        )  # fmt: skip
-
-    def dsm(self) -> Tensor:
-        """Return the initial DSM of the output box."""
-        return self.heights["dsm"][self.out.within(self.framed)]
+        level = batch.level()
+        filled = _fill(
+            batch.height("dsm").cpu().numpy(), None if level is None else level.cpu().numpy()
+        )
+        return Batch(places, torch.from_numpy(filled).to(self.device))
 
 
 class _Sums:
     """The weighted sums over the windows of an output box, and the planes that are made of them."""
 
-    def __init__(self, job: Job, ground: _Ground, out: Box, device: str):
-        self.job, self.ground, self.out = job, ground, out
+    def __init__(self, job: Job, ground: _Ground, device: str):
+        self.job, self.ground, self.out = job, ground, ground.out
         line = torch.tensor(job.windows.weights, device=device)
         self.weight = torch.outer(line, line)
-        self.sums = torch.zeros((len(job.planes), *out.shape), device=device)
-        self.norm = torch.zeros(out.shape, device=device)
+        self.sums = torch.zeros((len(job.planes), *self.out.shape), device=device)
+        self.norm = torch.zeros(self.out.shape, device=device)
 
     def add(
         self,
@@ -421,7 +469,7 @@ class _Sums:
             if filled is not None:
                 # In a void each window has an initial DSM of its own, interpolated from what
                 # it sees: what it adds to zero, the void's value below, is its height.
-                void = self.ground.dsm()[there].isfinite().logical_not()
+                void = self.ground.dsm[there].isfinite().logical_not_()
                 residual = residual + torch.where(void, filled[n][here], 0.0)
             self.norm[there] += weight
             self.sums[0][there].addcmul_(weight, residual)
@@ -433,38 +481,48 @@ class _Sums:
     def planes(self) -> Tensor:
         """Return the planes; the sums are gone."""
         wanted = torch.from_numpy(self.ground.wanted).to(self.norm.device)
-        dsm, planes = self.ground.dsm(), self.sums
-        done = wanted.logical_and_(self.norm > 0)
-        void = dsm.isfinite().logical_not_()
-        mean = planes[0].div_(self.norm)
-        if self.job.uncertainty:
-            square = planes[1].div_(self.norm).sub_(mean.square())
-            square.clamp_(min=0).sqrt_().masked_fill_(~done, torch.nan)
-        mean.add_(dsm.masked_fill(void, 0.0)).masked_fill_(~done, torch.nan)
-        if self.job.fill_voids:
-            planes[-1] = void & done
-        return planes
+        height = len(self.norm)
+        rows = _FINISHED_ROWS if self.norm.device.type == "cpu" else height
+        for y in range(0, height, rows):
+            there = slice(y, y + rows)
+            dsm, norm, planes = self.ground.dsm[there], self.norm[there], self.sums[:, there]
+            undone = (norm > 0).logical_and_(wanted[there]).logical_not_()
+            mean = planes[0].div_(norm)
+            if self.job.uncertainty:
+                square = planes[1].div_(norm).sub_(mean.square())
+                square.clamp_(min=0).sqrt_().masked_fill_(undone, torch.nan)
+            # What was made in a void is a height already.
+            mean.add_(torch.nan_to_num(dsm, nan=0.0, posinf=0.0, neginf=0.0))
+            mean.masked_fill_(undone, torch.nan)
+            if self.job.fill_voids:
+                planes[-1] = dsm.isfinite().logical_or_(undone).logical_not_()
+        return self.sums
 
 
-def _groups(ground: _Ground, job: Job, out: Box) -> Iterator[list[Part]]:
+def _groups(ground: _Ground, job: Job, out: Box) -> Iterator[tuple[list[Part], Batch]]:
     """Give the windows that are worth it, each with the part that is computed, row by row.
 
     In groups of one shape, each of no more pixels than a batch of windows.
     """
     width = job.windows.width
     pixels = (job.batch_size or auto_batch("cpu", width)) * width**2
-    shapes: dict[tuple[int, int], list[Part]] = {}
+    shapes: dict[tuple[int, int], list[tuple[Part, tuple[_Band, Place]]]] = {}
+
+    def group(shape: tuple[int, int]) -> tuple[list[Part], Batch]:
+        same = shapes.pop(shape)
+        return [one for one, _ in same], ground.batch([place for _, place in same])
+
     for row in job.windows.rows(out):
-        ground.read(max(part.y1 for _, part in row))
+        ground.read(row[0][1].y0, row[0][1].y1)
         for window, part in row:
             if not ground.worth(window):
                 continue
             same = shapes.setdefault(part.shape, [])
-            same.append((window, part))
+            same.append(((window, part), ground.place(part)))
             if len(same) == pixels // (part.shape[0] * part.shape[1]):
-                yield shapes.pop(part.shape)
-    ground.read(out.y1)
-    yield from shapes.values()
+                yield group(part.shape)
+    for shape in list(shapes):
+        yield group(shape)
 
 
 def _tensor(array: NDArray[Any]) -> Tensor:

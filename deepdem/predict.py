@@ -275,8 +275,8 @@ def in_one_thread(work: Callable[[], T]) -> T:
 
 #: How a network sees images: the numbers that it standardises them by, and whether left is right.
 _Look: TypeAlias = "tuple[Any, ...]"
-# Rows that are made ready at once on a CPU, so that they stay in its cache.
-_ROWS = 32
+# Pixels of a layer that are made ready at once on a CPU: all layers of them stay in its cache.
+_READY_PX = 2**15
 
 
 class Predictions:
@@ -303,10 +303,11 @@ class Predictions:
 
     def prepare(self, layers: Sequence[Tensor], into: Sequence[Tensor]) -> None:
         """Make the layers ready, standardised and without NaN, but for the heights."""
-        rows = _ROWS if self.how.device == "cpu" else len(layers[0])
+        height, width = layers[0].shape
+        rows = max(1, _READY_PX // width) if self.how.device == "cpu" else height
         for (net, swap), ready in zip(self.looks.values(), into, strict=True):
             order = _order(len(layers), self.how.swap if swap else None)
-            for y in range(0, len(layers[0]), rows):
+            for y in range(0, height, rows):
                 for i in range(len(net.spec.layers)):
                     if i not in net.heights:
                         ready[y : y + rows, :, i] = net.plain(i, layers[order[i]][y : y + rows])
@@ -346,11 +347,13 @@ class Predictions:
 
     def _seen(self, batch: Batch, net: ResidualNet, swap: bool) -> Tensor:
         """Return the windows as the network sees them, (n, layer, y, x), channels last."""
-        z = batch.cut(batch.ready[list(self.looks).index(_look(net, swap))])
-        names = [net.spec.layers[i] for i in net.heights]
-        heights = {name: batch.height(name) for name in names}
-        level = heights["dsm"] if batch.level is None else batch.cut(batch.level)
-        centred = net.centred(torch.stack([*heights.values()], dim=1), heights["dsm"], level)
+        z = batch.ready(list(self.looks).index(_look(net, swap)))
+        heights = {name: batch.height(name) for name in (net.spec.layers[i] for i in net.heights)}
+        level = batch.level()
+        centred = net.centred(
+            torch.stack([*heights.values()], dim=1), heights["dsm"],
+            heights["dsm"] if level is None else level,
+        )  # fmt: skip
         for n, i in enumerate(net.heights):
             z[..., i] = centred[:, n]
         return z.permute(0, 3, 1, 2)

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from zarr.core.sync import sync  # not public, but neither is another way to delete one shard
 
 from deepdem._run import Key, active_scheduler, compute, progress_bar
-from deepdem.blocks import Chunks, chunks_of
+from deepdem.blocks import Chunks, chunks_of, made_with
 from deepdem.scene import check_scene
 from deepdem.store import (
     COMPLETE,
@@ -50,8 +50,9 @@ log = logging.getLogger(__name__)
 
 #: What `refine` gives.
 RESULTS = frozenset({"refined", "refined_std", "filled"})
-#: The key in ``refined.encoding`` of the hashes of each chunk's inputs.
-INPUTS = "deepdem_inputs"
+#: The keys in ``refined.encoding`` of the hashes of each chunk's inputs: found by themselves, and
+#: beside the chunk's own pixels.
+INPUTS, STAMPS = "deepdem_inputs", "deepdem_stamps"
 #: The group, beside the variables, of what is done and with which settings.
 LOG = "deepdem_log"
 _FORMAT = 1
@@ -234,6 +235,20 @@ def _inputs(ds: xr.Dataset, chunks: Chunks) -> da.Array | None:
         if isinstance(inputs, da.Array) and inputs.shape == tuple(map(len, chunks)):
             return inputs
     return None
+
+
+def _stamps(ds: xr.Dataset, inputs: da.Array) -> da.Array:
+    """Return the same hashes without reading all inputs again, if pixels are to be computed.
+
+    They are not where the result was persisted.
+    """
+    for layer in ds.data_vars.values():
+        stamps = layer.encoding.get(STAMPS)
+        if not isinstance(stamps, da.Array) or stamps.shape != inputs.shape:
+            continue
+        if made_with(stamps, layer.data):
+            return stamps
+    return inputs
 
 
 def _located(store: Any) -> Any:
@@ -432,6 +447,8 @@ def _write_missing(
     progress: bool | str,
 ) -> None:
     arrays: list[Any] = [ds[name].data for name in names]
+    if inputs is not None:
+        inputs = _stamps(ds, inputs)
     known: list[Any] = [] if inputs is None else [inputs]
     name = f"write-{tokenize([a.name for a in [*arrays, *known]], str(target))}"
     graph: dict[Any, Any] = {f"{name}-to": DataNode(f"{name}-to", target)}

@@ -4,10 +4,19 @@ import dask
 import dask.array as da
 import numpy as np
 import pytest
+import xarray as xr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepdem.blocks import Box, chunks_of, map_regions, read_again
+from deepdem.blocks import (
+    Box,
+    Unread,
+    chunks_of,
+    made_with,
+    map_regions,
+    read_again,
+    unzipped,
+)
 
 
 def _halo(shape, halo):
@@ -184,7 +193,6 @@ class _Sink:
 
 def test_what_is_stored_is_read_region_by_region(tmp_path):
     """One task a chunk reads just its region of a Zarr array; nothing else is in memory."""
-    import xarray as xr
 
     class Stored:
         """Stands for a file: tells what was asked of it."""
@@ -223,3 +231,33 @@ def test_what_is_stored_is_read_region_by_region(tmp_path):
         lazy = map_regions(_sum, [other], **{**options, **change})
         assert any(str(key).startswith("('cut-") for key in lazy.dask)
         np.testing.assert_array_equal(lazy.compute(), other.compute())
+
+
+def test_a_kernel_may_slice_what_is_stored_and_give_two_things(tmp_path):
+    """It is read when it is sliced, and both things are computed at once."""
+    values = np.arange(60 * 50, dtype=np.float32).reshape(60, 50)
+    xr.Dataset({"a": (("y", "x"), values)}).to_zarr(tmp_path / "a.zarr", consolidated=False)
+    stored = xr.open_zarr(tmp_path / "a.zarr", chunks=None, consolidated=False).a.chunk(20).data
+    calls = []
+
+    def kernel(arrays, *, out, region):
+        calls.append(out)
+        assert [type(array) for array in arrays] == [Unread, np.ndarray]
+        assert {array.shape for array in arrays} == {region.shape}
+        np.testing.assert_array_equal(arrays[0][:, 3:], arrays[1][:, 3:])
+        rows = [arrays[0][y : y + 7, 0 : region.shape[1]] for y in range(0, region.shape[0], 7)]
+        block = np.concatenate(rows)[out.within(region)]
+        return block[None], np.array([[block.sum()]])
+
+    both = map_regions(
+        kernel, [stored, da.from_array(values, chunks=30) + 0], chunks=chunks_of((60, 50), 25),
+        region=_halo((60, 50), 4), dtype=np.float32, name="both", direct=True, sliced=True,
+    )  # fmt: skip
+    block, number = unzipped(both, planes=1, dtypes=(np.float32, np.float64))
+    assert (block.shape, number.shape) == ((1, 60, 50), (3, 2))
+    one, other = dask.compute(block, number, scheduler="sync")
+    assert len(calls) == 6
+    np.testing.assert_array_equal(one[0], values)
+    assert other.sum() == values.sum()
+    assert made_with(number, block * 2)
+    assert not made_with(number, block.persist(scheduler="sync"))

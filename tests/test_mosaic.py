@@ -28,8 +28,8 @@ class _Predictor:
     def __call__(self, batches):
         for batch in batches:
             seen = [batch.height("dsm")]
-            if batch.level is not None:
-                seen.append(batch.cut(batch.level))
+            if (level := batch.level()) is not None:
+                seen.append(level)
             assert seen[0].numel() <= self.most_px
             yield torch.from_numpy(self.residual(torch.stack(seen, 1).numpy())), None
 
@@ -124,7 +124,7 @@ def _blocked(dsm: np.ndarray, cut) -> np.ndarray:
         cut.grid, tuple(map(float, blend_weights(cut.blend, cut.window_px))), cut.reach_px,
         cut.level_px,
     )  # fmt: skip
-    job = Job(windows, ("dsm",), batch_size=cut.batch)
+    job = Job(windows, ("dsm",), batch_size=cut.batch, rows_px=1 + cut.seed % 50)
 
     fake = _fake if cut.level_px is None else partial(_fake_local, cut=cut)
     predictor = _Predictor(fake, cut.batch * cut.window_px**2)

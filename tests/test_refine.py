@@ -100,15 +100,17 @@ def test_a_valid_layer_is_a_mask_and_may_be_an_input(scene):
 
 
 def test_chunks_follow_the_scene_s_where_they_suit(scene, model):
-    def width(cut, **options):
-        big = xr.concat([scene] * 8, "y").isel(x=slice(0, 200)).assign_coords(y=np.arange(2400.0))
-        big = big.rio.write_crs(scene.rio.crs).assign_coords(x=scene.x[:200].values)
-        return big.chunk(y=cut, x=cut).deepdem.refine(model, **options).chunks[0][0]
+    def chunk(*cut, **options):
+        zeros = da.zeros((9000, 5000), chunks=cut, dtype=np.float32)
+        big = deepdem.synthetic_scene((9000, 5000), chunks=5000)[[]]
+        big = big.assign(dict.fromkeys(LAYERS, (("y", "x"), zeros)))
+        return tuple(sizes[0] for sizes in big.deepdem.refine(model, **options).chunks)
 
-    assert width(1100) == 1100
-    assert width(100) == 2064  # 43 steps of 48 pixels
-    assert width(2400) == 2064  # one chunk
-    assert width(1100, chunks=500) == 500
+    assert chunk(1100, 1100) == (4400, 2200)
+    assert chunk(256, 3000) == (4096, 3000)
+    assert chunk(100, 100) == (4080, 2064)  # 85 and 43 steps of 48 pixels
+    assert chunk(9000, 5000) == (4080, 2064)  # one chunk
+    assert chunk(1100, 1100, chunks=500) == (500, 500)
 
 
 def test_sources_are_not_changed(scene, model):
@@ -492,6 +494,41 @@ def test_inputs_are_hashed_chunk_by_chunk(scene, model):
     differs = hashes(changed) != one
     assert differs[1, 0]
     assert differs.sum() == 1
+
+
+def test_what_is_written_is_stamped_without_a_second_reading(scene, model, tmp_path, monkeypatch):
+    """The pixels are read where they are computed, some rows at a time, and hashed there."""
+    scene.deepdem.to_zarr(tmp_path / "s.zarr")
+    stored = deepdem.open_scene(tmp_path / "s.zarr")
+    refined = stored.deepdem.refine(model, chunks=128)
+    wanted = refined.encoding["deepdem_inputs"].compute()
+    monkeypatch.setattr("deepdem.refine._input_hash", None)  # is not called
+    refined.deepdem.to_zarr(tmp_path / "r.zarr")
+    log = xr.open_zarr(tmp_path / "r.zarr", group="deepdem_log", consolidated=False)
+    np.testing.assert_array_equal(log["hash"], wanted)
+
+
+def test_what_was_persisted_is_not_computed_again(scene, model, tmp_path, monkeypatch):
+    refined = scene.deepdem.refine(model, chunks=128)
+    wanted = refined.encoding["deepdem_inputs"].compute()
+    held = refined.persist()
+    monkeypatch.setattr("deepdem.refine.refine_block", None)  # is not called
+    held.deepdem.to_zarr(tmp_path / "r.zarr")
+    log = xr.open_zarr(tmp_path / "r.zarr", group="deepdem_log", consolidated=False)
+    np.testing.assert_array_equal(log["hash"], wanted)
+
+
+def test_rows_are_read_by_whole_blocks_of_what_is_stored(scene, tmp_path):
+    from deepdem.refine import _rows_px
+
+    assert _rows_px(scene, LAYERS) == 512  # in memory
+    assert _rows_px(scene.chunk(y=100), LAYERS) == 600
+    for chunks, rows in ((256, 512), (300, 600), (700, 700)):
+        path = tmp_path / f"{chunks}.zarr"
+        scene.chunk(y=300, x=260).to_zarr(
+            path, encoding={name: {"chunks": (chunks, 64)} for name in LAYERS}, consolidated=False
+        )
+        assert _rows_px(xr.open_zarr(path, consolidated=False), LAYERS) == rows
 
 
 # --- on a card ------------------------------------------------------------------------------------
