@@ -87,13 +87,13 @@ class WinogradConv(nn.Module):
             taps = weight.new_zeros(2, 3, 4)
             taps[0, 0, 3] = taps[0, 1, 1] = taps[1, 1, 2] = taps[1, 2, 0] = 1
             weight = torch.einsum("pia,qjb,coab->pqocij", taps, taps, weight).flatten(0, 2)
+            weight = weight.contiguous()
         outputs, channels = weight.shape[:2]
         width = 2 * LANES if _VECTORS == 2 and outputs % (2 * LANES) == 0 else LANES
-        kernel = torch.from_numpy(_KERNEL)
-        there = torch.einsum("ai,bj,ocij->abco", kernel, kernel, weight)
-        # Columns that are multiplied at once lie beside each other.
-        panels = there.reshape(36, channels, outputs // width, width).transpose(1, 2)
-        self.weight = nn.Parameter(panels.flatten(0, 1).float().contiguous())
+        # (3 * 3, panel, in, column): columns that are multiplied at once lie beside each other.
+        panels = weight.view(-1, width, channels, 9).permute(3, 0, 2, 1).reshape(9, -1)
+        there = torch.from_numpy(np.kron(_KERNEL, _KERNEL)) @ panels
+        self.weight = nn.Parameter(there.float().view(-1, channels, width))
         self.register_buffer("bias", _bias(conv))
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:

@@ -25,8 +25,8 @@ __all__ = ["UpsampledConv", "exact_float32", "for_inference"]
 # Input channels of an upsampled map, with more of which `WinogradConv` has more to load than it
 # saves, and output channels with which `NarrowConv` is faster.
 _MOST_UPSAMPLED, _NARROW = 64, 2
-# A network that takes any multiple of 32 pixels is tried on these: a map of 4 at its deepest.
-_PROBE_PX = 128
+# A network that takes any multiple of 32 pixels is tried on these: a map of 2 at its deepest.
+_PROBE_PX = 64
 
 
 def for_inference(net: ResidualNet, *, bf16: bool = False, compiled: bool = False) -> ResidualNet:

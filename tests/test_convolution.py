@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
+from deepdem import convolution
 from deepdem.convolution import LANES, NarrowConv, WinogradConv
 
 
@@ -93,3 +94,13 @@ def test_what_is_no_number_stays_none_and_stays_near(kind):
     tile = slice(8, 20)  # of a tile of 4x4, and those that see it
     missing[tile, tile] = False
     assert not missing.any()
+
+
+def test_without_a_folder_for_what_is_compiled_it_is_compiled_each_time(monkeypatch):
+    def njit(cache=False, **how):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return lambda function: (function, how)
+
+    monkeypatch.setattr(convolution, "njit", njit)
+    assert convolution._compiled(abs) == (abs, {"nogil": True, "error_model": "numpy"})
