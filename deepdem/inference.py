@@ -20,7 +20,7 @@ from torch.nn.utils import fuse_conv_bn_eval
 from deepdem.convolution import LANES, NarrowConv, WinogradConv
 from deepdem.models import ModelSpec, ResidualNet
 
-__all__ = ["UpsampledConv", "exact_float32", "for_inference"]
+__all__ = ["UpsampledConv", "exact", "for_inference"]
 
 # Input channels of an upsampled map, with more of which `WinogradConv` has more to load than it
 # saves, and output channels with which `NarrowConv` is faster.
@@ -33,9 +33,10 @@ def for_inference(net: ResidualNet, *, bf16: bool = False, compiled: bool = Fals
     """Return a copy of the network that gives the same residuals faster and cannot be trained.
 
     Batch normalisation is folded into the convolution before it, which saves a pass over the
-    activations. In float32, a U-Net's nearest upsampling is folded into the convolution after it
-    (`UpsampledConv`), and on the CPU 3x3 convolutions are done with fewer multiplications
-    (`deepdem.convolution`). The layout is the one in which convolutions are fastest.
+    activations. On a card, and on the CPU in float32, a U-Net's nearest upsampling is folded into
+    the convolution after it (`UpsampledConv`); on the CPU in float32 3x3 convolutions are done with
+    fewer multiplications (`deepdem.convolution`). The layout is the one in which convolutions are
+    fastest.
 
     Parameters
     ----------
@@ -51,7 +52,9 @@ def for_inference(net: ResidualNet, *, bf16: bool = False, compiled: bool = Fals
         0.94 of the time of what is not.
     """
     device = next(net.parameters()).device
-    rewrites = [_fold, *([] if bf16 else [_merge_upsampling])]
+    rewrites = [_fold]
+    if device.type == "cuda" or (device.type == "cpu" and not bf16):
+        rewrites.append(_merge_upsampling)
     if device.type == "cpu" and not bf16 and not compiled:
         rewrites.append(_winograd)
     network = _rewritten(net.network, rewrites, _probe(net.spec).to(device))
@@ -82,20 +85,24 @@ _found: tuple[Any, ...] = ()
 
 
 @contextmanager
-def exact_float32() -> Iterator[None]:
-    """Let float32 be float32 in this process as long as any thread is within.
+def exact() -> Iterator[None]:
+    """Let float32 be float32, and the same again the same bits, as long as any thread is within.
 
     As it comes, torch lets convolutions on a card round their inputs to ten bits (TF32), and a
     user may have allowed the like to matrix products, to bfloat16 on a CPU even: Lightning
     advises ``torch.set_float32_matmul_precision("medium")``. Both are off by 1e-3, centimetres
-    of a residual of tens of metres. They are settings of the process, not of a thread: whoever
-    comes first changes them, and the last to leave puts back what was found.
+    of a residual of tens of metres. And on a card some ways to convolve add up in whatever order
+    threads come, or are chosen by the clock (``benchmark``): what is resumed would differ from
+    what was begun.
+
+    These are settings of the process, not of a thread: whoever comes first changes them, and the
+    last to leave puts back what was found.
     """
     global _within, _found
     with _lock:
         if not _within:
-            _found = _precisions()
-            _set_precisions((False, "highest", *("ieee" for _ in _places())))
+            _found = _settings()
+            _set((False, True, False, "highest"), ["ieee" for _ in _places()])
         _within += 1
     try:
         yield
@@ -103,7 +110,7 @@ def exact_float32() -> Iterator[None]:
         with _lock:
             _within -= 1
             if not _within:
-                _set_precisions(_found)
+                _set(*_found)
 
 
 def _places() -> tuple[Any, ...]:
@@ -115,26 +122,29 @@ def _places() -> tuple[Any, ...]:
     return (*of_cuda, backends.mkldnn.conv, backends.mkldnn.matmul)
 
 
-def _precisions() -> tuple[Any, ...]:
-    """Return what the older settings, two of them, and the newer ones say."""
-    if not (places := _places()):
-        return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    # To ask for the older is an error where a user has set the newer: what they must have been.
-    conv, _, product, _, here = newer = tuple(place.fp32_precision for place in places)
-    older = "medium" if here == "bf16" else "high" if product == "tf32" else "highest"
-    return conv == "tf32", older, *newer
+def _settings() -> tuple[tuple[bool, bool, bool, str], list[str]]:
+    """Return what the older settings say, and the newer."""
+    cudnn, newer = torch.backends.cudnn, [place.fp32_precision for place in _places()]
+    if newer:
+        # To ask for the older is an error where a user has set the newer: what they must be.
+        conv, _, product, _, here = newer
+        tf32 = conv == "tf32"
+        products = "medium" if here == "bf16" else "high" if product == "tf32" else "highest"
+    else:
+        tf32, products = cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    return (tf32, cudnn.deterministic, cudnn.benchmark, products), newer
 
 
-def _set_precisions(wanted: tuple[Any, ...]) -> None:
-    conv, product, *newer = wanted
-    torch.backends.cudnn.allow_tf32 = conv
-    torch.set_float32_matmul_precision(product)
+def _set(older: tuple[bool, bool, bool, str], newer: Sequence[str]) -> None:
+    cudnn = torch.backends.cudnn
+    cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark, products = older
+    torch.set_float32_matmul_precision(products)
     for place, precision in zip(_places(), newer, strict=True):
         place.fp32_precision = precision
 
 
 @torch.no_grad()
-@exact_float32()
+@exact()
 def _rewritten(
     network: nn.Module, rewrites: Sequence[Callable[[nn.Module, Tensor], None]], probe: Tensor
 ) -> nn.Module:

@@ -14,7 +14,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, TypeAlias, TypeVar
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from deepdem._memory import keep_memory
-from deepdem.inference import exact_float32, for_inference
+from deepdem.inference import exact, for_inference
 from deepdem.modelfile import read_model, serialise, weights_hash
 from deepdem.models import OWN, ModelSpec, ResidualNet
 from deepdem.mosaic import Batch
@@ -424,16 +423,8 @@ def _fitting(
     return torch.cat([mean for mean, _ in parts]), torch.cat(variances) if variances else None
 
 
+@exact()
 def _mixture(
-    nets: Sequence[ResidualNet],
-    moments: Callable[[ResidualNet, View], tuple[Tensor, Tensor | None]],
-    how: Prediction,
-) -> tuple[Tensor, Tensor | None]:
-    with nullcontext() if how.bf16 else exact_float32():
-        return _members(nets, moments, how)
-
-
-def _members(
     nets: Sequence[ResidualNet],
     moments: Callable[[ResidualNet, View], tuple[Tensor, Tensor | None]],
     how: Prediction,

@@ -18,7 +18,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from deepdem.data import Batch, Statistics
-from deepdem.inference import exact_float32, for_inference
+from deepdem.inference import exact, for_inference
 from deepdem.modelfile import read_model, write_model
 from deepdem.models import OWN, ModelSpec, ResidualNet, build_network
 from deepdem.monitor import ErrorStatistics, picture
@@ -446,10 +446,10 @@ class DeepDEM(pl.LightningModule):
             noted: dict[str, Any] = {}
             if batch is not None:
                 x = batch["layers"][:8].to(self.device)
-                with exact_float32():
-                    exact = self.net.moments(x)[0]
+                with exact():
+                    full = self.net.moments(x)[0]
                 rough = for_inference(self.net, bf16=True).moments(x)[0]
-                noted["bf16_rms_m"] = float((rough - exact).square().mean().sqrt())
+                noted["bf16_rms_m"] = float((rough - full).square().mean().sqrt())
         self.train(mode)
         self._sample, self._norms = ChipSample(), []  # their memory
         noted |= {"recipe": {**asdict(self.recipe), "augment": list(self.recipe.augment)},

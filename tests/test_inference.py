@@ -10,7 +10,7 @@ import torch
 from test_models import _batch, _spec
 
 from deepdem.convolution import NarrowConv, WinogradConv
-from deepdem.inference import UpsampledConv, exact_float32, for_inference
+from deepdem.inference import UpsampledConv, exact, for_inference
 from deepdem.models import ResidualNet
 from deepdem.predict import Prediction, predict
 
@@ -130,7 +130,9 @@ def test_what_is_compiled_gives_the_same():
 
 
 def _now():
-    said = (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision())
+    cudnn = torch.backends.cudnn
+    said = (cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark)
+    said += (torch.get_float32_matmul_precision(),)
     if hasattr(torch.backends.cudnn, "conv"):
         said += (torch.backends.cudnn.conv.fp32_precision,)
     return said
@@ -155,28 +157,30 @@ def test_matrix_products_of_bf16_that_a_user_allowed_are_not_ours():
 @pytest.mark.parametrize("allowed", ["highest", "high", "medium"])
 def test_settings_are_put_back_by_the_last_thread_that_needs_them(allowed):
     torch.set_float32_matmul_precision(allowed)
+    torch.backends.cudnn.benchmark = allowed == "high"  # as Trainer(benchmark=True) does
     before, come, leave = _now(), threading.Event(), threading.Event()
 
     def other():
-        with exact_float32():
+        with exact():
             come.set()
             leave.wait(10)
 
     thread = threading.Thread(target=other)
     try:
-        with exact_float32():
-            exact = _now()
-            assert exact[:2] == (False, "highest")
-            assert "tf32" not in exact
+        with exact():
+            within = _now()
+            assert within[:4] == (False, True, False, "highest")
+            assert "tf32" not in within
             thread.start()
             come.wait(10)
-        assert _now() == exact  # the other is still within
+        assert _now() == within  # the other is still within
         leave.set()
         thread.join()
         assert _now() == before
-        with pytest.raises(RuntimeError, match="its own"), exact_float32():
+        with pytest.raises(RuntimeError, match="its own"), exact():
             raise RuntimeError("its own")
         assert _now() == before
     finally:
         leave.set()
         torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.benchmark = False

@@ -260,7 +260,7 @@ def test_training_sees_what_refine_sees(scene, local, monkeypatch):
         return centred(net, heights, dsm, level)
 
     monkeypatch.setattr("deepdem.models.ResidualNet.centred", noted)
-    scene.deepdem.refine(local, window=320).compute(scheduler="sync")
+    scene.deepdem.refine(local, window=320, device="cpu").compute(scheduler="sync")
     # The chips of the right half, less a guard band of one chip, row by row.
     left = 130 + 32
     y, x = range(0, 300 - 31, 32), range(left, 260 - 31, 32)

@@ -36,7 +36,7 @@ from common import (
 from torch import Tensor
 
 import deepdem
-from deepdem.inference import exact_float32, for_inference
+from deepdem.inference import exact, for_inference
 from deepdem.refine import refine
 from deepdem.train import model_of
 
@@ -60,7 +60,7 @@ def passes(network: Any, windows: Tensor, count: int) -> Callable[[], None]:
     full, rest = divmod(count, len(windows))
 
     @torch.inference_mode()
-    @exact_float32()
+    @exact()
     def run() -> None:
         for _ in range(full):
             network(windows)
@@ -219,7 +219,7 @@ def others(
     times: dict[str, list[float]], cache: Path, model: str, width: int, *, small: bool
 ) -> list[Result]:
     """Return how many times as long the processor takes for a pixel, with few threads and all."""
-    part = width if small else min(width, 2048)
+    part = min(width, 1024)
     out = []
     for threads in sorted({2, os.cpu_count() or 2}) if not small else (1,):
         taken = processor(threads, cache / f"scene-{width}.zarr", model, part, 0.5)
