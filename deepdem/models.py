@@ -437,15 +437,25 @@ class ResidualNet(nn.Module):
                 f"a batch of {x.shape[1]} channels, wanted {list(spec.channels)} "
                 "('dsm_level' is what deepdem.level.local_level gives)"
             )
+        centre = self.centre(x[:, self._dsm], x[:, -1])
         z = torch.empty_like(x[:, : len(spec.layers)])
         for i in range(len(spec.layers)):
-            if i not in self.heights:
-                z[:, i] = self.plain(i, x[:, i])
-        z[:, self.heights] = self.centred(x[:, self.heights], x[:, self._dsm], x[:, -1])
+            z[:, i] = self.plain(i, x[:, i], centre)
         return z
 
-    def plain(self, layer: int, values: Tensor) -> Tensor:
-        """Return what the network sees of a layer that is no height: it knows no window.
+    def centre(self, dsm: Tensor, level: Tensor) -> Tensor:
+        """Return what heights are relative to in windows, metres.
+
+        Parameters
+        ----------
+        dsm, level
+            (n, y, x): the initial DSM, NaN for no data, and the local level; what the model does
+            not ask for does not matter.
+        """
+        return _own_mean(dsm) if self.spec.centering == "chip" else level
+
+    def plain(self, layer: int, values: Tensor, base: Tensor | float) -> Tensor:
+        """Return what the network sees of a layer: standardised, float32, 0 where it has no data.
 
         Parameters
         ----------
@@ -453,28 +463,18 @@ class ResidualNet(nn.Module):
             Its place among ``spec.layers``.
         values
             Raw units, NaN for no data; any shape and any real type.
+        base
+            What heights are relative to, metres; other layers do not care.
         """
-        name, spec = self.spec.layers[layer], self.spec
-        if name not in spec.standardised:
-            return torch.nan_to_num(values.to(torch.float32), nan=0.0, posinf=0.0, neginf=0.0)
-        z = (values.to(torch.float32) - spec.means[name]).div_(spec.stds[name])
-        if spec.clip is not None:
-            z.clamp_(-spec.clip, spec.clip)
-        return torch.nan_to_num_(z, nan=0.0, posinf=0.0, neginf=0.0)
-
-    def centred(self, heights: Tensor, dsm: Tensor, level: Tensor) -> Tensor:
-        """Return what the network sees of heights in windows.
-
-        Parameters
-        ----------
-        heights
-            (n, height layer, y, x), metres, NaN for no data; as ``heights`` lists them.
-        dsm, level
-            (n, y, x): the initial DSM and, of a model with local centring, the local level; what
-            the model does not ask for does not matter.
-        """
-        centre = _own_mean(dsm) if self.spec.centering == "chip" else level
-        z = (heights - centre[:, None]).div_(self.spec.dsm_scale)
+        name, spec, raw = self.spec.layers[layer], self.spec, values.to(torch.float32)
+        if layer in self.heights:
+            z = (raw - base).div_(spec.dsm_scale)
+        elif name in spec.standardised:
+            z = (raw - spec.means[name]).div_(spec.stds[name])
+            if spec.clip is not None:
+                z.clamp_(-spec.clip, spec.clip)
+        else:
+            return torch.nan_to_num(raw, nan=0.0, posinf=0.0, neginf=0.0)
         return torch.nan_to_num_(z, nan=0.0, posinf=0.0, neginf=0.0)
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -83,9 +83,13 @@ class Batch:
         """Return windows [lo, hi)."""
         return Batch(self.places[lo:hi], None if self.filled is None else self.filled[lo:hi])
 
+    def views(self, index: int) -> list[Tensor]:
+        """Return each window of what the predictor made ready as thing `index`, (y, x, depth)."""
+        return [band.ready[index][place] for band, place in self.places]
+
     def ready(self, index: int) -> Tensor:
-        """Return of what the predictor made ready the thing of this index, (n, y, x, depth)."""
-        return torch.stack([band.ready[index][place] for band, place in self.places])
+        """Return the same as one, (n, y, x, depth)."""
+        return torch.stack(self.views(index))
 
     def height(self, name: str) -> Tensor:
         """Return a height layer, metres, NaN for no data, (n, y, x)."""
@@ -106,13 +110,17 @@ class Predictor(Protocol):
     def depths(self) -> Sequence[int]:
         """How many channels the things have that it makes ready of a region."""
 
-    def prepare(self, layers: Sequence[Tensor], into: Sequence[Tensor]) -> None:
+    def prepare(
+        self, layers: Sequence[Tensor], level: Tensor | None, into: Sequence[Tensor]
+    ) -> None:
         """Make ready what does not depend on a window.
 
         Parameters
         ----------
         layers
             (y, x) each, some rows of a region: raw units, NaN for no data, in the job's order.
+        level
+            (y, x), the local level there, if heights are relative to it.
         into
             (y, x, depth) each: where it goes.
         """
@@ -317,7 +325,7 @@ def refine_block(
         held = [array[:, :] for array in held]
     with turn_on(device):
         ground = _Ground(held, level, predictor, job, out, region, device, note)
-        sums = _Sums(job, ground, device)
+        sums: _Sums | None = None
         under_way: deque[tuple[list[Part], Tensor | None]] = deque()
 
         def batches() -> Iterator[Batch]:
@@ -326,7 +334,10 @@ def refine_block(
                 yield batch
 
         for residuals, variances in predictor(batches()):
+            # Not before the first batches are under way: the memory takes its time.
+            sums = sums or _Sums(job, ground, device)
             sums.add(*under_way.popleft(), residuals, variances)
+        sums = sums or _Sums(job, ground, device)
         return sums.planes().cpu().numpy()
 
 
@@ -388,13 +399,16 @@ class _Ground:
         for name, layer in zip(self.job.layers, new, strict=False):
             if name in heights:
                 heights[name][there, :width] = layer
-        self.predictor.prepare(new, [made[there, :width] for made in ready])
+        level = None if self.level is None else self.level[top:bottom]
+        self.predictor.prepare(
+            new, None if level is None else level[there, :width],
+            [made[there, :width] for made in ready],
+        )  # fmt: skip
         for made in (*heights.values(), *ready):
             if self.framed.shape[1] > width:
                 made[there, width:] = made[there, self.mirror[1][width:]]
             if bottom > last:
                 made[last - top :] = made[self.mirror[0][last:] - top]
-        level = None if self.level is None else self.level[top:bottom]
         self.band, self.read_px = _Band(top, heights, level, ready), last
 
     def _read(self, first: int, last: int) -> list[Tensor]:

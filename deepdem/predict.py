@@ -272,7 +272,7 @@ def in_one_thread(work: Callable[[], T]) -> T:
     return _pool.kernels.submit(work).result()
 
 
-#: How a network sees images: the numbers that it standardises them by, and whether left is right.
+#: How a network sees layers: the numbers that it standardises them by, and whether left is right.
 _Look: TypeAlias = "tuple[Any, ...]"
 # Pixels of a layer that are made ready at once on a CPU: all layers of them stay in its cache.
 _READY_PX = 2**15
@@ -280,6 +280,9 @@ _READY_PX = 2**15
 
 class Predictions:
     """What `predict` gives of the windows of a chunk: the predictor of `deepdem.mosaic`.
+
+    Layers are standardised once for all windows. With chips' own means, heights are then relative
+    to one height for all of the chunk, from which a window's mean is subtracted as it is cut.
 
     Parameters
     ----------
@@ -294,22 +297,40 @@ class Predictions:
         for net in nets:
             for swap in _swaps(how):
                 self.looks.setdefault(_look(net, swap), (net, swap))
+        self.own_mean = any(net.spec.centering == "chip" for net in nets)
+        self.base: float | None = None
 
     @property
     def depths(self) -> Sequence[int]:
-        """How many channels the images have that are made ready, one for each way to see them."""
-        return [len(net.spec.layers) for net, _ in self.looks.values()]
+        """How many channels the things have that are made ready.
 
-    def prepare(self, layers: Sequence[Tensor], into: Sequence[Tensor]) -> None:
-        """Make the layers ready, standardised and without NaN, but for the heights."""
+        The layers, for each way to see them; with chips' own means, heights above the common one,
+        and where there are any.
+        """
+        return [len(net.spec.layers) for net, _ in self.looks.values()] + [1, 1] * self.own_mean
+
+    def prepare(
+        self, layers: Sequence[Tensor], level: Tensor | None, into: Sequence[Tensor]
+    ) -> None:
+        """Make the layers ready: standardised, channels last, and without NaN."""
         height, width = layers[0].shape
         rows = max(1, _READY_PX // width) if self.how.device == "cpu" else height
-        for (net, swap), ready in zip(self.looks.values(), into, strict=True):
-            order = _order(len(layers), self.how.swap if swap else None)
-            for y in range(0, height, rows):
-                for i in range(len(net.spec.layers)):
-                    if i not in net.heights:
-                        ready[y : y + rows, :, i] = net.plain(i, layers[order[i]][y : y + rows])
+        dsm = layers[self.nets[0].spec.layers.index("dsm")]
+        if self.own_mean and self.base is None:
+            known = dsm[dsm.isfinite()]
+            self.base = float(known.mean()) if known.numel() else None
+        base = self.base or 0.0
+        for y in range(0, height, rows):
+            there = slice(y, y + rows)
+            relative = base if level is None else level[there]
+            for (net, swap), ready in zip(self.looks.values(), into, strict=False):
+                order = _order(len(layers), self.how.swap if swap else None)
+                for i, n in enumerate(order):
+                    ready[there, :, i] = net.plain(i, layers[n][there], relative)
+            if self.own_mean:
+                above, known = (dsm[there] - base), into[-1][there, :, 0]
+                known.copy_((above * 0).eq_(0))
+                into[-2][there, :, 0] = torch.nan_to_num_(above, nan=0.0, posinf=0.0, neginf=0.0)
 
     def __call__(self, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Give the residual of each batch and its variance, in order, several at a time on a CPU.
@@ -346,21 +367,43 @@ class Predictions:
 
     def _seen(self, batch: Batch, net: ResidualNet, swap: bool) -> Tensor:
         """Return the windows as the network sees them, (n, layer, y, x), channels last."""
-        z = batch.ready(list(self.looks).index(_look(net, swap)))
-        heights = {name: batch.height(name) for name in (net.spec.layers[i] for i in net.heights)}
-        level = batch.level()
-        centred = net.centred(
-            torch.stack([*heights.values()], dim=1), heights["dsm"],
-            heights["dsm"] if level is None else level,
-        )  # fmt: skip
-        for n, i in enumerate(net.heights):
-            z[..., i] = centred[:, n]
+        index = list(self.looks).index(_look(net, swap))
+        if batch.filled is not None:
+            # Each window has its own heights.
+            z, level = batch.ready(index), batch.level()
+            centre = net.centre(batch.filled, batch.filled if level is None else level)
+            for i in net.heights:
+                z[..., i] = net.plain(i, batch.height(net.spec.layers[i]), centre)
+        elif self.own_mean:
+            z = self._above_mean(batch, net, index)
+        else:
+            z = batch.ready(index)
         return z.permute(0, 3, 1, 2)
+
+    def _above_mean(self, batch: Batch, net: ResidualNet, index: int) -> Tensor:
+        """Return the windows, (n, y, x, layer), their heights above each window's mean."""
+        views = batch.views(index)
+        height, width, layers = views[0].shape
+        counts = torch.stack([view.sum() for view in batch.views(-1)])
+        means = torch.stack([view.sum() for view in batch.views(-2)]) / counts.clamp(min=1)
+        # Subtracted of all layers, most of it 0: one pass over the window.
+        row = means.new_zeros((len(views), 1, layers))
+        row[..., net.heights] = (means / net.spec.dsm_scale)[:, None, None]
+        z = views[0].new_empty((len(views), height, width, layers))
+        for n, (view, own) in enumerate(zip(views, row.repeat(1, width, 1), strict=True)):
+            torch.sub(view, own, out=z[n])
+        # To ask a card would be to wait for it.
+        if z.device.type != "cpu" or bool((counts < height * width).any()):
+            known = batch.ready(-1)[..., 0]
+            for i in net.heights:
+                z[..., i].mul_(known)
+        return z
 
 
 def _look(net: ResidualNet, swap: bool) -> _Look:
     spec = net.spec
-    return tuple((n, spec.means.get(n), spec.stds.get(n)) for n in spec.layers), spec.clip, swap
+    images = tuple((n, spec.means.get(n), spec.stds.get(n)) for n in spec.layers)
+    return images, spec.clip, spec.dsm_scale, swap
 
 
 @torch.inference_mode()
@@ -462,11 +505,13 @@ class View:
 
     def turn(self, x: Tensor) -> Tensor:
         """Return windows (n, layer, y, x) as they are seen."""
-        return torch.rot90(torch.flip(x, (-1,)) if self.flip else x, self.turns, (-2, -1))
+        x = torch.flip(x, (-1,)) if self.flip else x
+        # A turn by nothing would be a copy, and in another layout.
+        return torch.rot90(x, self.turns, (-2, -1)) if self.turns else x
 
     def back(self, y: Tensor) -> Tensor:
         """Return what was seen (n, y, x) the way the windows were."""
-        y = torch.rot90(y, -self.turns, (-2, -1))
+        y = torch.rot90(y, -self.turns, (-2, -1)) if self.turns else y
         return torch.flip(y, (-1,)) if self.flip else y
 
 

@@ -22,7 +22,7 @@ class _Predictor:
     def __init__(self, residual, most_px=1 << 30):
         self.residual, self.most_px = residual, most_px
 
-    def prepare(self, layers, into):
+    def prepare(self, layers, level, into):
         assert (len(layers), into) == (1, [])
 
     def __call__(self, batches):

@@ -72,14 +72,14 @@ def test_nothing_leaks_out_of_a_hole(scene, model):
 
 def test_windows_without_a_wanted_pixel_cost_nothing(scene, model, monkeypatch):
     seen = []
-    centred = deepdem.models.ResidualNet.centred
+    one = deepdem.predict.Predictions._one
 
-    def counted(net, heights, dsm, level):
-        seen.append(len(dsm))
-        assert dsm.isfinite().any(dim=(1, 2)).all()
-        return centred(net, heights, dsm, level)
+    def counted(predictions, batch):
+        seen.append(len(batch))
+        assert batch.height("dsm").isfinite().any(dim=(1, 2)).all()
+        return one(predictions, batch)
 
-    monkeypatch.setattr("deepdem.models.ResidualNet.centred", counted)
+    monkeypatch.setattr("deepdem.predict.Predictions._one", counted)
     half = scene.copy(deep=True)
     half.dsm[:, 100:] = np.nan
     refined = half.deepdem.refine(model, overlap=0).compute(scheduler="sync")
@@ -253,13 +253,13 @@ def test_training_sees_what_refine_sees(scene, local, monkeypatch):
     seen = np.concatenate([batch[:, 0] - batch[:, -1] for batch in batches])
 
     whole = []
-    centred = deepdem.models.ResidualNet.centred
+    one = deepdem.predict.Predictions._one
 
-    def noted(net, heights, dsm, level):
-        whole.append((dsm - level)[0].numpy())
-        return centred(net, heights, dsm, level)
+    def noted(predictions, batch):
+        whole.append((batch.height("dsm") - batch.level())[0].numpy())
+        return one(predictions, batch)
 
-    monkeypatch.setattr("deepdem.models.ResidualNet.centred", noted)
+    monkeypatch.setattr("deepdem.predict.Predictions._one", noted)
     scene.deepdem.refine(local, window=320, device="cpu").compute(scheduler="sync")
     # The chips of the right half, less a guard band of one chip, row by row.
     left = 130 + 32

@@ -24,7 +24,9 @@ class Known:
     residual: Callable[[Tensor], Tensor]
     depths: Sequence[int] = ()
 
-    def prepare(self, layers: Sequence[Tensor], into: Sequence[Tensor]) -> None:
+    def prepare(
+        self, layers: Sequence[Tensor], level: Tensor | None, into: Sequence[Tensor]
+    ) -> None:
         """There is nothing but the initial DSM."""
 
     def __call__(self, batches: Iterator[Batch]) -> Iterator[tuple[Tensor, None]]:
