@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -73,17 +74,13 @@ def local_level(
     cell = _cell_px(chip_px)
     sums, counts = _cells(arrays[0], cell)
     level = np.empty(out.shape, dtype=np.float32)
-    for y in range(0, out.shape[0], _TILE_PX):
-        for x in range(0, out.shape[1], _TILE_PX):
-            y1, x1 = min(y + _TILE_PX, out.shape[0]), min(x + _TILE_PX, out.shape[1])
-            rows, down = _weights(out.y0 + y, out.y0 + y1, region.y0, len(sums), cell, chip_px)
-            columns, across = _weights(
-                out.x0 + x, out.x0 + x1, region.x0, sums.shape[1], cell, chip_px
-            )
-            height, weight = (down @ of[rows, columns] @ across.T for of in (sums, counts))
-            known = weight > 0
-            np.divide(height, weight, out=height, where=known)
-            level[y:y1, x:x1] = np.where(known, height, np.nan)
+    down = _tiles(out.y0, out.y1, region.y0, sums.shape[0], cell, chip_px)
+    across = _tiles(out.x0, out.x1, region.x0, sums.shape[1], cell, chip_px)
+    for (y, rows, left), (x, columns, right) in product(down, across):
+        height, weight = (left @ of[rows, columns] @ right.T for of in (sums, counts))
+        known = weight > 0
+        np.divide(height, weight, out=height, where=known)
+        level[y, x] = np.where(known, height, np.nan)
     return level
 
 
@@ -99,6 +96,17 @@ def _cells(heights: NDArray[Any], cell: int) -> tuple[NDArray[np.float64], NDArr
         sums[n] = np.add.reduceat(height, xs)
         counts[n] = np.add.reduceat(finite.sum(axis=0, dtype=np.float64), xs)
     return sums, counts
+
+
+def _tiles(
+    lo: int, hi: int, origin: int, count: int, cell: int, chip_px: int
+) -> list[tuple[slice, slice, NDArray[np.float64]]]:
+    """Return of each tile along an axis its pixels from `lo` on, its cells and their weights."""
+    cuts = [(k, min(k + _TILE_PX, hi)) for k in range(lo, hi, _TILE_PX)]
+    return [
+        (slice(first - lo, last - lo), *_weights(first, last, origin, count, cell, chip_px))
+        for first, last in cuts
+    ]
 
 
 def _weights(

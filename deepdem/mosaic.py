@@ -368,7 +368,9 @@ class _Ground:
         ]
         self.level = None
         if level is not None:
-            self.level = torch.from_numpy(level[np.ix_(*self.mirror)]).to(device)
+            if self.framed.shape != self.seen.shape:
+                level = level[np.ix_(*self.mirror)]
+            self.level = torch.from_numpy(level).to(device)
         self.band = _Band(0, {}, None, ())
         self.read_px = 0
 

@@ -81,7 +81,7 @@ def test_bf16_on_a_card_is_near(scene, model):
     refined = refine(scene, model, device="cuda", precision="bf16").compute()
     assert refined.attrs["deepdem_precision"] == "bf16"
     rms = float(np.sqrt(((refined - wanted) ** 2).mean()))
-    assert 0 < rms < 0.02 * float((wanted - scene["dsm"]).std())
+    assert 0 < rms < 0.05 * float((wanted - scene["dsm"]).std())
 
 
 @pytest.mark.slow
