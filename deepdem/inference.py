@@ -49,7 +49,7 @@ def for_inference(net: ResidualNet, *, bf16: bool = False, compiled: bool = Fals
     compiled
         Whether the network goes through `torch.compile` when it is first called. It does not see
         through `WinogradConv`, which is left out: of a ResNet-18 U-Net, what is compiled takes
-        0.94 of the time of what is not.
+        0.94 of the time of what is not; on an H100 0.73 in bfloat16, as much in float32.
     """
     device = next(net.parameters()).device
     rewrites = [_fold]
