@@ -139,11 +139,10 @@ def _now():
 
 
 def test_matrix_products_of_bf16_that_a_user_allowed_are_not_ours():
-    """Winograd's are matrix products; without bf16 instructions the setting does nothing."""
-    net = _normalised(ResidualNet(_spec(architecture="unet", encoder="resnet18", options={})))
+    """A transformer's products are off by 2 % of its output; convolutions here are not asked."""
+    net = ResidualNet(_spec(architecture="segformer", encoder="mit_b0", options={})).eval()
     x = torch.cat([_batch()] * 2, dim=-1).repeat(1, 1, 2, 1)
     fast = for_inference(net)
-    assert any(isinstance(m, WinogradConv) for m in fast.modules())
     wanted, _ = predict([fast], x, Prediction())
     torch.set_float32_matmul_precision("medium")
     try:
