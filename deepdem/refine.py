@@ -33,8 +33,8 @@ __all__ = ["refine"]
 # The width of windows where the model leaves it open. Wider ones cost as many passes a pixel at
 # the same share of overlap, and more of them are computed for two chunks.
 _WINDOW_PX = 256
-# Height and width of a chunk. It is worked through from top to bottom in bands of rows: a higher
-# one needs no more memory but for the result.
+# Height and width of a chunk. It is worked through from top to bottom in bands of rows: what a
+# higher one needs more is for heights, the level and the sums over windows.
 _CHUNK_PX = 4096, 2048
 # Rows that are read at once.
 _ROWS_PX = 512
@@ -180,7 +180,7 @@ def refine(
         a multiple of the chunks of the scene's DSM (if they are 256 to 4096 pixels wide) or of
         the step from window to window. A scene smaller than that is one task: it has all cores
         of its process, but a cluster wants smaller chunks. A chunk is read and computed from top
-        to bottom, so that a high one needs no more memory than a low one but for its result.
+        to bottom: a higher one needs 25 bytes a pixel more, not all layers more.
         Windows that straddle two chunks are computed for both, with local centring no further
         than the network's reach: with windows of 256, 5 % more for a network of small reach and
         14 % for a ResNet-18 (11 % centred on chips); in square chunks of 2048 7, 19 and 15 %.
