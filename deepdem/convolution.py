@@ -3,8 +3,8 @@
 Most are done with fewer multiplications, by Winograd's minimal filtering F(4, 3) as Lavin & Gray
 (2016, section 4) lay it out: of each 4x4 output pixels, 6x6 input pixels are transformed,
 multiplied by the transformed kernel (36 products of matrices of tiles by channels) and transformed
-back. That is 36 multiplications for 144. numba compiles it when it is first needed, for the
-processor it runs on, and keeps that on disk.
+back. That is 36 multiplications for 144, and 36 weights in memory for 9. numba compiles it when it
+is first needed, for the processor it runs on, and keeps that on disk.
 """
 
 from __future__ import annotations
