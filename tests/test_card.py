@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from types import SimpleNamespace
 
+import dask
 import numpy as np
 import pytest
 import pytorch_lightning as pl
@@ -46,6 +47,30 @@ def test_a_card_gives_the_surface_of_the_processor(scene, centering, options):
     assert float(abs(there["refined"] - scene["dsm"]).max()) > 20
     for name in there:
         np.testing.assert_allclose(here[name], there[name], atol=1e-3, rtol=0, err_msg=str(name))
+
+
+@pytest.mark.parametrize("options", [{}, {"tta": True, "uncertainty": True}, {"fill_voids": True}])
+@pytest.mark.parametrize("centering", ["chip", "local"])
+def test_threads_that_share_a_card_give_the_same_surface(scene, model, local, options, centering):
+    """However many they are, and whatever the order of their chunks."""
+    from deepdem._memory import _TURNS, _turns
+
+    net = model if centering == "chip" else local
+    holes = scene.copy(deep=True)
+    holes.dsm[40:120, 60:90] = np.nan
+    holes["valid"] = holes.valid & holes.dsm.notnull()
+    options = {"precision": "float32", **options}
+    wanted = refine(holes, net, device="cpu", **options).compute()
+    with dask.config.set(scheduler="threads", num_workers=8):
+        cut = holes.chunk(y=77, x=130)
+        given = refine(cut, net, device="cuda", chunks=70, batch_size=3, **options).compute()
+    assert {turns.qsize() for turns in _turns.values()} == {_TURNS}
+    if not options.keys() - {"precision"}:
+        wanted, given = wanted.to_dataset(), given.to_dataset()
+    for name in wanted:
+        np.testing.assert_allclose(
+            given[name].astype(float), wanted[name].astype(float), atol=1e-3, rtol=0
+        )
 
 
 def test_an_ensemble_on_a_card_is_that_of_the_processor(scene, model):

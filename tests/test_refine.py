@@ -529,32 +529,3 @@ def test_rows_are_read_by_whole_blocks_of_what_is_stored(scene, tmp_path):
             path, encoding={name: {"chunks": (chunks, 64)} for name in LAYERS}, consolidated=False
         )
         assert _rows_px(xr.open_zarr(path, consolidated=False), LAYERS) == rows
-
-
-# --- on a card ------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
-@pytest.mark.parametrize("options", [{}, {"tta": True, "uncertainty": True}, {"fill_voids": True}])
-@pytest.mark.parametrize("centering", ["chip", "local"])
-def test_on_a_card_it_is_the_same_surface(scene, model, local, options, centering):
-    """However many threads share it, and whatever the order of their chunks."""
-    from deepdem._memory import _TURNS, _turns
-
-    net = model if centering == "chip" else local
-    holes = scene.copy(deep=True)
-    holes.dsm[40:120, 60:90] = np.nan
-    holes["valid"] = holes.valid & holes.dsm.notnull()
-    options = {"precision": "float32", **options}
-    wanted = holes.deepdem.refine(net, device="cpu", **options).compute()
-    with dask.config.set(scheduler="threads", num_workers=8):
-        cut = holes.chunk(y=77, x=130)
-        given = cut.deepdem.refine(net, device="cuda", chunks=70, batch_size=3, **options).compute()
-    assert {turns.qsize() for turns in _turns.values()} == {_TURNS}
-    for name in ("refined", "refined_std", "filled"):
-        if isinstance(wanted, xr.DataArray):
-            wanted, given = wanted.to_dataset(), given.to_dataset()
-        if name in wanted:
-            np.testing.assert_allclose(
-                given[name].astype(float), wanted[name].astype(float), atol=1e-3
-            )
